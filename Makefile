@@ -1,0 +1,52 @@
+# Every command of the project. `make demo` and `make test` do all their own set-up; Rust and Python must be there.
+PYTHON ?= python3
+VENV ?= .venv
+SEEDS ?= 3
+OUT ?= results
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+# The same torch path for every cargo command: torch-sys is compiled once, not once for lint and once for the install.
+BUILD_ENV := $(BIN)/python build_backend/igm_build.py
+BUILD_FILES := pyproject.toml build_backend/igm_build.py
+SOURCES := $(BUILD_FILES) Cargo.toml Cargo.lock build.rs .cargo/config.toml $(wildcard src/*)
+
+.PHONY: install demo test lint bench wheel clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+$(VENV)/.build-tools: $(BUILD_FILES)
+	$(PYTHON) -m venv $(VENV)
+	$(BUILD_ENV) requirements > $(VENV)/build-requirements.txt
+	$(BIN)/python -m pip install -r $(VENV)/build-requirements.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.build-tools $(SOURCES)
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m igm_rs.experiments --data data --out $(OUT) --seeds $(SEEDS) $(DEMO_FLAGS)
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy build_backend
+	$(BIN)/stubtest --mypy-config-file pyproject.toml igm_rs._igm_rs
+	cargo fmt --check
+	$(BUILD_ENV) cargo clippy --release --all-targets -- -D warnings
+
+bench: install
+	$(BIN)/python -m igm_rs.experiments.bench --out $(OUT)
+
+wheel: $(VENV)/.build-tools
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf target dist $(VENV) python/igm_rs/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

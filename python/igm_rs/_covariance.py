@@ -1,0 +1,184 @@
+"""What is remembered of a layer's features: Ȳ of Eq. (2), as rows while there are fewer than d of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _igm_rs
+
+__all__ = ["Covariance", "Turns"]
+
+_FEWEST = 16
+"""Rows that a buffer is made for at first; it doubles from there."""
+
+_MOST = 512
+"""Rows gathered before one product adds them to Ȳ, once Ȳ is kept as a matrix."""
+
+
+class Covariance:
+    """Sum of outer products of d-dimensional rows, uncentred, with what centring needs beside it.
+
+    Rows are buffered, so that one product serves many batches (Eq. 2). Until d of them have come only the rows are
+    held. On the CPU everything is float64, on CUDA at least float32.
+    """
+
+    def __init__(self, d: int, *, only_rows: bool = False) -> None:
+        self.d = d
+        self.only_rows = only_rows
+        self.matrix: torch.Tensor | None = None
+        self.buffer: torch.Tensor | None = None
+        self.used = 0
+        self.total: torch.Tensor | None = None
+        self.count = 0.0
+        self.left_out: torch.Tensor | int = 0
+
+    def __bool__(self) -> bool:
+        return self.used > 0 or self.matrix is not None
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The buffered rows, (used, d), a view; None where there are none."""
+        return None if self.buffer is None or not self.used else self.buffer[: self.used]
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Append `rows` (n, d); rows with a NaN or an infinity are left out and counted."""
+        n = rows.shape[0]
+        if not n:
+            return
+        held_as_rows = self.only_rows or (self.matrix is None and self.used + n < self.d)
+        self._make_room(n, rows, self.used + n if held_as_rows else max(_MOST, n))
+        if self.buffer is None:
+            return
+        before = self.used
+        self.used, left_out = _igm_rs.append_rows_(self.buffer, self.used, rows)
+        self.left_out = self.left_out + (int(left_out) if left_out.device.type == "cpu" else left_out)
+        added = self.buffer[before : self.used]
+        if self.total is None:
+            self.total = torch.zeros(self.d, dtype=self.buffer.dtype, device=self.buffer.device)
+        _igm_rs.add_rows_(self.total, added)
+        self.count += self.used - before
+        if not held_as_rows and self.used >= _MOST:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add the buffered rows to Ȳ with one product (Eq. 2)."""
+        rows = self.rows
+        if rows is None:
+            return
+        if self.matrix is None:
+            self.matrix = torch.zeros(self.d, self.d, dtype=rows.dtype, device=rows.device)
+        _igm_rs.accumulate_(self.matrix, rows)
+        self.used = 0
+
+    def merge(self, other: Covariance) -> None:
+        """Add everything that `other` holds."""
+        left_out, count = self.left_out, self.count
+        total = None if self.total is None else self.total.clone()
+        if other.matrix is not None:
+            self.flush()
+            self.matrix = other.matrix.clone() if self.matrix is None else self.matrix.add_(other.matrix)
+        if other.rows is not None:
+            self.add(other.rows)
+        if other.total is not None:
+            total = other.total.clone() if total is None else total.add_(other.total)
+        self.total = total
+        self.count = count + other.count
+        self.left_out = left_out + other.left_out
+
+    def decay(self, factor: float) -> None:
+        """Ȳ ← factor · Ȳ, that is each row times √factor."""
+        if self.matrix is not None:
+            _igm_rs.decay_([self.matrix], factor)
+        if self.rows is not None:
+            _igm_rs.decay_([self.rows], factor**0.5)
+        if self.total is not None:
+            _igm_rs.decay_([self.total], factor)
+        self.count *= factor
+
+    def value(self, *, centred: bool = False) -> torch.Tensor | None:
+        """Ȳ as a new (d, d) matrix, Σ z zᵀ, or Σ (z − μ)(z − μ)ᵀ when `centred`; None before the first row."""
+        if not self:
+            return None
+        result = Covariance(self.d)
+        result.matrix = None if self.matrix is None else self.matrix.clone()
+        result.buffer, result.used = self.buffer, self.used
+        result.flush()
+        if centred and result.matrix is not None and self.total is not None and self.count > 0:
+            _igm_rs.centre_(result.matrix, self.total, self.count)
+        return result.matrix
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values for a state dict."""
+        return {
+            "rows": None if self.rows is None else self.rows.clone(),
+            "matrix": None if self.matrix is None else self.matrix.clone(),
+            "total": None if self.total is None else self.total.clone(),
+            "count": float(self.count),
+            "left_out": int(self.left_out),
+        }
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over what :meth:`state` gave, on `device`, in the precision it was saved with."""
+
+        def copied(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else value.detach().to(device, copy=True)
+
+        self.matrix, self.total = copied(state["matrix"]), copied(state["total"])
+        self.buffer = copied(state["rows"])
+        self.used = 0 if self.buffer is None else self.buffer.shape[0]
+        self.count, self.left_out = state["count"], state["left_out"]
+
+    def _make_room(self, n: int, like: torch.Tensor, wanted: int) -> None:
+        """Have room for `n` more rows: a longer buffer while only rows are held, else by adding them to Ȳ first."""
+        if self.buffer is not None and self.used + n <= self.buffer.shape[0]:
+            return
+        if wanted < self.used + n:
+            self.flush()
+        capacity = _FEWEST
+        while capacity < wanted:
+            capacity *= 2
+        buffer = torch.empty(capacity, self.d, dtype=like.dtype, device=like.device)
+        rows = self.rows
+        if rows is not None:
+            buffer[: self.used].copy_(rows)
+        self.buffer = buffer
+
+
+class Turns:
+    """Ȳ of one layer for one modality: what earlier turns left, and what the present turn has brought."""
+
+    def __init__(self, d: int, *, only_rows: bool = False) -> None:
+        self.d = d
+        self.only_rows = only_rows
+        self.past = Covariance(d, only_rows=only_rows)
+        self.present = Covariance(d, only_rows=only_rows)
+
+    def begin(self, life: float) -> None:
+        """Start a turn: Ȳ of the turns before lives on times `life` (0 fresh, 1 kept, between: decayed)."""
+        if life == 0:
+            self.past = Covariance(self.d, only_rows=self.only_rows)
+        else:
+            self.past.merge(self.present)
+            if life < 1:
+                self.past.decay(life)
+        self.present = Covariance(self.d, only_rows=self.only_rows)
+
+    def restart(self) -> None:
+        """Forget what the present turn has brought."""
+        self.present = Covariance(self.d, only_rows=self.only_rows)
+
+    def clear(self) -> None:
+        """Forget everything: what there was is in the projector (the orthogonal recursion)."""
+        self.past = Covariance(self.d, only_rows=self.only_rows)
+        self.restart()
+
+    def all(self) -> Covariance:
+        """Past and present as one; the present itself where there is no past."""
+        if not self.past:
+            return self.present
+        result = Covariance(self.d, only_rows=self.only_rows)
+        result.merge(self.past)
+        result.merge(self.present)
+        return result

@@ -1,0 +1,72 @@
+"""torch.optim.SGD's step fused with the restore after SAM: the weights are read from their copy, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _igm_rs
+
+__all__ = ["FusedSGD"]
+
+
+class FusedSGD:
+    """Steps for a base that is exactly ``torch.optim.SGD``, on CPU tensors, with the same results to the bit."""
+
+    def __init__(self, base: torch.optim.SGD) -> None:
+        self._base = base
+
+    def possible(self, params: list[torch.Tensor], gradients: list[torch.Tensor]) -> bool:
+        """Whether these tensors and the groups' options allow it; the base's own step is taken otherwise."""
+        for group in self._base.param_groups:
+            if group["differentiable"] or group["fused"] or isinstance(group["lr"], torch.Tensor):
+                return False
+        state = self._base.state
+        buffers = [state[p].get("momentum_buffer") for p in params if p in state]
+        return bool(_igm_rs.sgd_step_possible(params, gradients, [b for b in buffers if b is not None]))
+
+    def step(
+        self,
+        groups: list[tuple[dict[str, Any], list[torch.Tensor]]],
+        params: list[torch.Tensor],
+        before: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+    ) -> None:
+        """Step `params` from `before` with `gradients`; `groups` holds them in this order, with others in between."""
+        state = self._base.state
+        spans: list[tuple[int, float, float, float, float, bool, bool]] = []
+        buffers: list[torch.Tensor] = []
+        first: list[bool] = []
+        momentum = any(group["momentum"] != 0 for group, _ in groups)
+        stop = 0
+        for group, members in groups:
+            start = stop
+            for p in members:
+                if p.grad is None:
+                    continue
+                stop += 1
+                if momentum:
+                    buffer = state[p].get("momentum_buffer") if group["momentum"] != 0 else None
+                    first.append(buffer is None)
+                    buffers.append(torch.empty_like(p, requires_grad=False) if buffer is None else buffer)
+            if stop > start:
+                spans.append(
+                    (
+                        stop,
+                        float(group["lr"]),
+                        float(group["momentum"]),
+                        float(group["dampening"]),
+                        float(group["weight_decay"]),
+                        bool(group["nesterov"]),
+                        bool(group["maximize"]),
+                    )
+                )
+        _igm_rs.sgd_step_(params, before, gradients, buffers, first, spans)
+        start = 0
+        for stop, _, factor, *_ in spans:
+            if factor != 0:
+                for index in range(start, stop):
+                    if first[index]:
+                        state[params[index]]["momentum_buffer"] = buffers[index]
+            start = stop

@@ -1,0 +1,699 @@
+//! The ATen calls that tch lacks (`aten.cpp`), and one pass over the memory of many tensors on torch's own threads.
+
+use std::ffi::{c_char, c_void};
+use std::sync::OnceLock;
+
+use tch::{Device, Kind, Tensor};
+use torch_sys::C_tensor;
+
+use crate::error::{Error, Result};
+
+/// An `at::Tensor` that C++ only looks at; null for "none".
+type Handle = *const C_tensor;
+
+/// `at::Tensor`s that C++ has made and hands over.
+type Made = *mut *mut C_tensor;
+
+/// Where C++ puts the text of an error.
+#[repr(C)]
+struct ErrorRoom {
+    /// The buffer.
+    text: *mut c_char,
+    /// Its length in bytes.
+    room: usize,
+}
+
+/// What is checked of one tensor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Info {
+    /// Number of elements.
+    pub numel: i64,
+    /// The first four sizes; zero beyond `dim`.
+    pub sizes: [i64; 4],
+    /// The last size; 1 for a scalar.
+    pub last: i64,
+    /// Number of dimensions.
+    pub dim: i32,
+    /// `at::ScalarType`.
+    pub scalar_type: i32,
+    /// `c10::DeviceType`: 0 is the CPU, 1 is CUDA.
+    pub device_type: i32,
+    /// Number of the device, −1 for the current one.
+    pub device_index: i32,
+    /// 1 unless the layout is sparse or opaque.
+    pub strided: i32,
+    /// 1 for a row-major tensor with memory of its own and no Python subclass that computes differently.
+    pub contiguous: i32,
+}
+
+impl Info {
+    /// Is the tensor in main memory?
+    pub fn is_cpu(&self) -> bool {
+        self.device_type == 0
+    }
+
+    /// The device, for new tensors; [`floating`] has let only these two pass.
+    pub fn home(&self) -> Device {
+        if self.is_cpu() {
+            Device::Cpu
+        } else {
+            Device::Cuda(usize::try_from(self.device_index).unwrap_or(0))
+        }
+    }
+
+    /// Same device?
+    pub fn is_beside(&self, other: &Self) -> bool {
+        (self.device_type, self.device_index) == (other.device_type, other.device_index)
+    }
+
+    /// The dtype, for the four that this crate computes in.
+    pub fn kind(&self) -> Option<Kind> {
+        match self.scalar_type {
+            5 => Some(Kind::Half),
+            6 => Some(Kind::Float),
+            7 => Some(Kind::Double),
+            15 => Some(Kind::BFloat16),
+            _ => None,
+        }
+    }
+
+    /// Name of the dtype as Python prints it.
+    pub fn dtype(&self) -> &'static str {
+        match self.scalar_type {
+            0 => "uint8",
+            1 => "int8",
+            2 => "int16",
+            3 => "int32",
+            4 => "int64",
+            5 => "float16",
+            6 => "float32",
+            7 => "float64",
+            8 => "complex32",
+            9 => "complex64",
+            10 => "complex128",
+            11 => "bool",
+            15 => "bfloat16",
+            _ => "another dtype",
+        }
+    }
+
+    /// Name of the device as Python prints it.
+    pub fn device(&self) -> String {
+        match (self.device_type, self.device_index) {
+            (0, _) => "cpu".to_owned(),
+            (1, index) => format!("cuda:{index}"),
+            (kind, index) => format!("device type {kind}:{index}"),
+        }
+    }
+
+    /// Shape as Python prints it, for up to four dimensions.
+    pub fn shape(&self) -> String {
+        let known = usize::try_from(self.dim).unwrap_or(0).min(self.sizes.len());
+        let sizes: Vec<String> = self.sizes[..known].iter().map(i64::to_string).collect();
+        match self.dim {
+            1 => format!("({},)", sizes.join(", ")),
+            0..=4 => format!("({})", sizes.join(", ")),
+            _ => format!("({}, …, {})", sizes.join(", "), self.last),
+        }
+    }
+}
+
+extern "C" {
+    fn igm_describe(tensors: *const Handle, n: usize, out: *mut Info, error: ErrorRoom) -> i32;
+    fn igm_same_shapes(
+        a: *const Handle,
+        b: *const Handle,
+        n: usize,
+        first_wrong: *mut usize,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_fits(lists: *const Handle, k: usize, n: usize, fits: *mut u8, error: ErrorRoom) -> i32;
+    fn igm_readable(
+        tensors: *const Handle,
+        n: usize,
+        out: *mut *const c_void,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_writable(
+        tensors: *const Handle,
+        n: usize,
+        out: *mut *mut c_void,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_fuses_multiply_add(fused: *mut u8, error: ErrorRoom) -> i32;
+    fn igm_parallel_for(
+        n: i64,
+        body: unsafe extern "C" fn(*mut c_void, i64, i64),
+        context: *mut c_void,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_foreach_norm(
+        tensors: *const Handle,
+        n: usize,
+        kind: i32,
+        out: Made,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_foreach_mul_(tensors: *const Handle, n: usize, factor: f64, error: ErrorRoom) -> i32;
+    fn igm_foreach_mul(
+        tensors: *const Handle,
+        n: usize,
+        factor: Handle,
+        out: Made,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_foreach_add_(
+        tensors: *const Handle,
+        others: *const Handle,
+        n: usize,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_foreach_sub(
+        tensors: *const Handle,
+        others: *const Handle,
+        n: usize,
+        out: Made,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_foreach_copy_(
+        tensors: *const Handle,
+        sources: *const Handle,
+        n: usize,
+        error: ErrorRoom,
+    ) -> i32;
+}
+
+/// Checks for a dense floating-point tensor on the CPU or on CUDA.
+pub fn floating(argument: impl ToString, info: &Info) -> Result<()> {
+    if info.strided == 0 {
+        return Err(Error::value(
+            argument,
+            "a sparse tensor",
+            "a dense (strided) tensor",
+        ));
+    }
+    if !matches!(info.device_type, 0 | 1) {
+        return Err(Error::value(
+            argument,
+            info.device(),
+            "a tensor on the CPU or on CUDA",
+        ));
+    }
+    if info.kind().is_none() {
+        return Err(Error::value(
+            argument,
+            info.dtype(),
+            "float16, bfloat16, float32 or float64",
+        ));
+    }
+    Ok(())
+}
+
+/// Checks that `tensor` is a dense floating-point matrix.
+pub fn matrix(argument: impl ToString + Copy, tensor: &Tensor) -> Result<Info> {
+    let info = describe_one(tensor)?;
+    floating(argument, &info)?;
+    if info.dim != 2 {
+        return Err(Error::value(
+            argument,
+            format!("shape {}", info.shape()),
+            "a matrix",
+        ));
+    }
+    Ok(info)
+}
+
+/// Calls a C++ function with room for an error text and turns a non-zero answer into an [`Error::Torch`].
+fn call(function: impl FnOnce(ErrorRoom) -> i32) -> Result<()> {
+    let mut text = [0_u8; 512];
+    let room = ErrorRoom {
+        text: text.as_mut_ptr().cast(),
+        room: text.len(),
+    };
+    if function(room) == 0 {
+        return Ok(());
+    }
+    let length = text
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(text.len());
+    Err(Error::Torch(
+        String::from_utf8_lossy(&text[..length]).into_owned(),
+    ))
+}
+
+/// Handles of a list, for C++ to look at while the list is borrowed.
+fn handles(tensors: &[&Tensor]) -> Vec<Handle> {
+    tensors.iter().map(|tensor| tensor.as_ptr()).collect()
+}
+
+/// Two lists for one C++ call must be equally long.
+fn paired(a: &[&Tensor], b: &[&Tensor]) -> Result<()> {
+    if a.len() == b.len() {
+        Ok(())
+    } else {
+        Err(Error::value(
+            "tensors",
+            format!("lists of {} and {}", a.len(), b.len()),
+            "lists of equal length",
+        ))
+    }
+}
+
+/// Runs a C++ function that makes `n` tensors, and takes them over.
+fn made(n: usize, function: impl FnOnce(Made, ErrorRoom) -> i32) -> Result<Vec<Tensor>> {
+    let mut out = vec![std::ptr::null_mut(); n];
+    call(|error| function(out.as_mut_ptr(), error))?;
+    // SAFETY: on success every entry is a fresh `new at::Tensor` that nobody else frees.
+    Ok(out
+        .into_iter()
+        .map(|pointer| unsafe { Tensor::from_ptr(pointer) })
+        .collect())
+}
+
+/// Describes every tensor of a list.
+pub fn describe(tensors: &[&Tensor]) -> Result<Vec<Info>> {
+    let mut out = vec![Info::default(); tensors.len()];
+    let list = handles(tensors);
+    // SAFETY: both arrays have `tensors.len()` entries, and the tensors outlive the call.
+    call(|error| unsafe { igm_describe(list.as_ptr(), list.len(), out.as_mut_ptr(), error) })?;
+    Ok(out)
+}
+
+/// Describes one tensor.
+pub fn describe_one(tensor: &Tensor) -> Result<Info> {
+    let mut out = Info::default();
+    let handle: Handle = tensor.as_ptr();
+    // SAFETY: one handle, one place to write to.
+    call(|error| unsafe { igm_describe(&raw const handle, 1, &raw mut out, error) })?;
+    Ok(out)
+}
+
+/// Index of the first pair whose shapes differ.
+pub fn first_other_shape(a: &[&Tensor], b: &[&Tensor]) -> Result<Option<usize>> {
+    paired(a, b)?;
+    let (left, right, mut wrong) = (handles(a), handles(b), 0);
+    // SAFETY: two arrays of equal length, one place to write to.
+    call(|error| unsafe {
+        igm_same_shapes(
+            left.as_ptr(),
+            right.as_ptr(),
+            left.len(),
+            &raw mut wrong,
+            error,
+        )
+    })?;
+    Ok((wrong < a.len()).then_some(wrong))
+}
+
+/// For each index: can the fused loops take these tensors? CPU, float32 or float64, all of one dtype, dense, equally strided.
+pub fn fits(lists: &[&[Option<&Tensor>]]) -> Result<Vec<bool>> {
+    let n = lists.first().map_or(0, |list| list.len());
+    if lists.iter().any(|list| list.len() != n) {
+        return Err(Error::value(
+            "tensors",
+            "lists of different length",
+            "lists of equal length",
+        ));
+    }
+    if lists
+        .first()
+        .is_some_and(|list| list.iter().any(Option::is_none))
+    {
+        return Err(Error::value("tensors", "None", "a tensor"));
+    }
+    let all: Vec<Handle> = lists
+        .iter()
+        .flat_map(|list| {
+            list.iter()
+                .map(|tensor| tensor.map_or(std::ptr::null(), Tensor::as_ptr))
+        })
+        .collect();
+    let mut fits = vec![0_u8; n];
+    // SAFETY: k·n handles, n places to write to, none of the first n is null.
+    call(|error| unsafe { igm_fits(all.as_ptr(), lists.len(), n, fits.as_mut_ptr(), error) })?;
+    Ok(fits.into_iter().map(|byte| byte != 0).collect())
+}
+
+/// Address of the memory of each tensor, for reading; 0 for "none".
+pub fn readable(tensors: &[Option<&Tensor>]) -> Result<Vec<usize>> {
+    let list: Vec<Handle> = tensors
+        .iter()
+        .map(|tensor| tensor.map_or(std::ptr::null(), Tensor::as_ptr))
+        .collect();
+    let mut out = vec![std::ptr::null(); list.len()];
+    // SAFETY: both arrays have the same length.
+    call(|error| unsafe { igm_readable(list.as_ptr(), list.len(), out.as_mut_ptr(), error) })?;
+    Ok(out.into_iter().map(|pointer| pointer as usize).collect())
+}
+
+/// Address of the memory of each tensor, for writing; 0 for "none". Autograd is told of the change.
+pub fn writable(tensors: &[Option<&Tensor>]) -> Result<Vec<usize>> {
+    let list: Vec<Handle> = tensors
+        .iter()
+        .map(|tensor| tensor.map_or(std::ptr::null(), Tensor::as_ptr))
+        .collect();
+    let mut out = vec![std::ptr::null_mut(); list.len()];
+    // SAFETY: both arrays have the same length.
+    call(|error| unsafe { igm_writable(list.as_ptr(), list.len(), out.as_mut_ptr(), error) })?;
+    Ok(out.into_iter().map(|pointer| pointer as usize).collect())
+}
+
+/// Do two pieces of memory overlap, one of which is written to? `lists`: addresses and whether they are written to.
+pub fn overlap(lists: &[(&[usize], bool)], bytes: &[usize]) -> bool {
+    let mut pieces: Vec<(usize, usize, bool)> = lists
+        .iter()
+        .flat_map(|&(addresses, written)| {
+            addresses
+                .iter()
+                .zip(bytes)
+                .map(move |(&address, &length)| (address, address + length, written))
+        })
+        .filter(|&(begin, end, _)| begin != 0 && begin < end)
+        .collect();
+    pieces.sort_unstable();
+    let (mut end_of_all, mut end_of_written) = (0, 0);
+    for (begin, end, written) in pieces {
+        if begin < end_of_written || (written && begin < end_of_all) {
+            return true;
+        }
+        end_of_all = end_of_all.max(end);
+        if written {
+            end_of_written = end_of_written.max(end);
+        }
+    }
+    false
+}
+
+/// The elements of `span` in the memory at `address`.
+///
+/// # Safety
+/// At `address` begins the memory of a tensor of dtype `T` to which `span` belongs, and nobody writes to it meanwhile.
+pub unsafe fn slice<'a, T>(address: usize, span: Span) -> &'a [T] {
+    // SAFETY: promised by the caller; `span` is not empty, so the address is not null.
+    unsafe { std::slice::from_raw_parts((address as *const T).add(span.start), span.len) }
+}
+
+/// The elements of `span` in the memory at `address`, for writing.
+///
+/// # Safety
+/// As [`slice`], and nobody else reads or writes these elements meanwhile.
+pub unsafe fn slice_mut<'a, T>(address: usize, span: Span) -> &'a mut [T] {
+    // SAFETY: promised by the caller; `span` is not empty, so the address is not null.
+    unsafe { std::slice::from_raw_parts_mut((address as *mut T).add(span.start), span.len) }
+}
+
+/// L2 norm of each tensor, computed in `kind` or else in the tensor's own dtype.
+pub fn foreach_norm(tensors: &[&Tensor], kind: Option<Kind>) -> Result<Vec<Tensor>> {
+    if tensors.is_empty() {
+        return Ok(Vec::new());
+    }
+    let scalar_type = match kind {
+        Some(Kind::Double) => 7,
+        Some(Kind::Float) => 6,
+        _ => -1,
+    };
+    let list = handles(tensors);
+    // SAFETY: n handles, room for n results.
+    made(list.len(), |out, error| unsafe {
+        igm_foreach_norm(list.as_ptr(), list.len(), scalar_type, out, error)
+    })
+}
+
+/// Each tensor *= factor.
+pub fn foreach_mul_(tensors: &[&Tensor], factor: f64) -> Result<()> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let list = handles(tensors);
+    // SAFETY: n handles.
+    call(|error| unsafe { igm_foreach_mul_(list.as_ptr(), list.len(), factor, error) })
+}
+
+/// Each tensor · factor, a scalar tensor on the same device.
+pub fn foreach_mul(tensors: &[&Tensor], factor: &Tensor) -> Result<Vec<Tensor>> {
+    if tensors.is_empty() {
+        return Ok(Vec::new());
+    }
+    let list = handles(tensors);
+    // SAFETY: n handles, room for n results.
+    made(list.len(), |out, error| unsafe {
+        igm_foreach_mul(list.as_ptr(), list.len(), factor.as_ptr(), out, error)
+    })
+}
+
+/// tensors[i] += others[i].
+pub fn foreach_add_(tensors: &[&Tensor], others: &[&Tensor]) -> Result<()> {
+    paired(tensors, others)?;
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let (list, other) = (handles(tensors), handles(others));
+    // SAFETY: two arrays of n handles.
+    call(|error| unsafe { igm_foreach_add_(list.as_ptr(), other.as_ptr(), list.len(), error) })
+}
+
+/// tensors[i] − others[i].
+pub fn foreach_sub(tensors: &[&Tensor], others: &[&Tensor]) -> Result<Vec<Tensor>> {
+    paired(tensors, others)?;
+    if tensors.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (list, other) = (handles(tensors), handles(others));
+    // SAFETY: two arrays of n handles, room for n results.
+    made(list.len(), |out, error| unsafe {
+        igm_foreach_sub(list.as_ptr(), other.as_ptr(), list.len(), out, error)
+    })
+}
+
+/// tensors[i] ← sources[i].
+pub fn foreach_copy_(tensors: &[&Tensor], sources: &[&Tensor]) -> Result<()> {
+    paired(tensors, sources)?;
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let (list, source) = (handles(tensors), handles(sources));
+    // SAFETY: two arrays of n handles.
+    call(|error| unsafe { igm_foreach_copy_(list.as_ptr(), source.as_ptr(), list.len(), error) })
+}
+
+/// Elements of one piece of work; the pieces, and so the order of every sum, do not depend on the number of threads.
+const CHUNK: usize = 1 << 15;
+
+/// A run of elements of one tensor, inside one chunk.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// Index of the tensor.
+    pub tensor: usize,
+    /// First element.
+    pub start: usize,
+    /// Number of elements, at least 1.
+    pub len: usize,
+}
+
+/// Where the chunks write their results; each index is written by one thread only.
+struct Slots<T>(*mut T);
+
+// SAFETY: the pointer goes to the worker threads, each of which writes to entries of its own.
+unsafe impl<T: Send> Sync for Slots<T> {}
+
+/// What the worker threads share.
+struct Work<'a, T, F> {
+    /// Number of elements before each tensor, and of all.
+    ends: &'a [usize],
+    /// Results of the chunks.
+    slots: Slots<T>,
+    /// What is done to one span.
+    body: F,
+}
+
+/// Entry of the worker threads: chunks `begin..end`.
+unsafe extern "C" fn work<T, F: Fn(&mut T, Span) + Sync>(
+    context: *mut c_void,
+    begin: i64,
+    end: i64,
+) {
+    // SAFETY: `for_chunks` passes its own `Work`, which outlives the parallel region and is only read.
+    let work = unsafe { &*context.cast::<Work<'_, T, F>>() };
+    let total = work.ends.last().copied().unwrap_or(0);
+    for chunk in begin..end {
+        let Ok(index) = usize::try_from(chunk) else {
+            continue;
+        };
+        // SAFETY: `index` is below the number of chunks, and no other thread has this chunk.
+        let slot = unsafe { &mut *work.slots.0.add(index) };
+        let (mut at, stop) = (index * CHUNK, ((index + 1) * CHUNK).min(total));
+        let mut tensor = work.ends.partition_point(|&end| end <= at);
+        while at < stop {
+            let end = work.ends.get(tensor).copied().unwrap_or(total);
+            let begin = if tensor == 0 {
+                0
+            } else {
+                work.ends.get(tensor - 1).copied().unwrap_or(0)
+            };
+            let until = end.min(stop);
+            if until > at {
+                (work.body)(
+                    slot,
+                    Span {
+                        tensor,
+                        start: at - begin,
+                        len: until - at,
+                    },
+                );
+            }
+            at = until;
+            tensor += 1;
+        }
+    }
+}
+
+/// Runs over the elements of all tensors at once, in chunks on torch's threads; returns the results of the chunks in order.
+pub fn for_chunks<T, F>(numels: &[usize], body: F) -> Result<Vec<T>>
+where
+    T: Clone + Default + Send,
+    F: Fn(&mut T, Span) + Sync,
+{
+    let ends: Vec<usize> = numels
+        .iter()
+        .scan(0, |sum, &numel| {
+            *sum += numel;
+            Some(*sum)
+        })
+        .collect();
+    let chunks = ends.last().copied().unwrap_or(0).div_ceil(CHUNK);
+    let mut results = vec![T::default(); chunks];
+    let mut shared = Work {
+        ends: &ends,
+        slots: Slots(results.as_mut_ptr()),
+        body,
+    };
+    let n = i64::try_from(chunks)
+        .map_err(|_| Error::value("tensors", chunks, "fewer than 2^63 chunks"))?;
+    // SAFETY: `work::<T, F>` gets the `Work<T, F>` it expects; `shared` and `results` outlive the call.
+    call(|error| unsafe { igm_parallel_for(n, work::<T, F>, (&raw mut shared).cast(), error) })?;
+    Ok(results)
+}
+
+/// Does torch fuse multiplication and addition here? Then we must, too, to get its bits.
+fn fuses_multiply_add() -> bool {
+    static FUSES: OnceLock<bool> = OnceLock::new();
+    *FUSES.get_or_init(|| {
+        let mut fused = 0_u8;
+        // SAFETY: one place to write to.
+        let asked = call(|error| unsafe { igm_fuses_multiply_add(&raw mut fused, error) });
+        asked.is_ok() && fused != 0
+    })
+}
+
+/// A loop that is compiled for the vector unit at hand.
+pub trait Loop {
+    /// What the loop gives back.
+    type Out;
+    /// The loop; with `FMA`, a·b + c is rounded once. Must be `#[inline(always)]`.
+    fn run<const FMA: bool>(self) -> Self::Out;
+}
+
+/// The loop, compiled for AVX2 with FMA.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn run_avx2<L: Loop>(body: L) -> L::Out {
+    body.run::<true>()
+}
+
+/// Runs a loop with the widest instructions that torch itself would use.
+#[cfg(target_arch = "x86_64")]
+pub fn run<L: Loop>(body: L) -> L::Out {
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && fuses_multiply_add() {
+        // SAFETY: the processor has both features.
+        unsafe { run_avx2(body) }
+    } else {
+        body.run::<false>()
+    }
+}
+
+/// Runs a loop; away from x86 the baseline already has the vector unit.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn run<L: Loop>(body: L) -> L::Out {
+    if cfg!(target_arch = "aarch64") {
+        body.run::<true>()
+    } else {
+        body.run::<false>()
+    }
+}
+
+/// A dtype of the fused loops.
+pub trait Real: Copy + PartialEq + Default + Send + Sync + 'static {
+    /// The number zero.
+    const ZERO: Self;
+    /// Counter as wide as the number, so that counting stays in the vector unit.
+    type Count: Copy + Default;
+    /// Rounds a float64 as torch does with a Python number.
+    fn round(value: f64) -> Self;
+    /// The same number as float64.
+    fn wide(self) -> f64;
+    /// self · b + c.
+    fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self;
+    /// self · b.
+    fn mul(self, b: Self) -> Self;
+    /// −self.
+    fn neg(self) -> Self;
+    /// Adds one to the counter if `yes`.
+    fn count(counter: &mut Self::Count, yes: bool);
+    /// The counter as a whole number.
+    fn counted(counter: Self::Count) -> u64;
+}
+
+/// [`Real`] for f32 and f64, which differ in the width of the counter only.
+macro_rules! real {
+    ($float:ty, $count:ty) => {
+        impl Real for $float {
+            const ZERO: Self = 0.0;
+            type Count = $count;
+
+            #[allow(clippy::cast_possible_truncation)] // rounding to the dtype is the point
+            #[inline(always)]
+            fn round(value: f64) -> Self {
+                value as $float
+            }
+
+            #[inline(always)]
+            fn wide(self) -> f64 {
+                f64::from(self)
+            }
+
+            #[inline(always)]
+            fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self {
+                if FMA {
+                    <$float>::mul_add(self, b, c)
+                } else {
+                    self * b + c
+                }
+            }
+
+            #[inline(always)]
+            fn mul(self, b: Self) -> Self {
+                self * b
+            }
+
+            #[inline(always)]
+            fn neg(self) -> Self {
+                -self
+            }
+
+            #[inline(always)]
+            fn count(counter: &mut $count, yes: bool) {
+                *counter += <$count>::from(yes);
+            }
+
+            #[inline(always)]
+            fn counted(counter: $count) -> u64 {
+                u64::from(counter)
+            }
+        }
+    };
+}
+
+real!(f32, u32);
+real!(f64, u64);

@@ -1,0 +1,204 @@
+//! The cumulative covariance of a layer's input features: Eq. (2), `Ȳ = Σ_t z̄_t z̄_tᵀ`.
+
+use tch::{Kind, Tensor};
+
+use crate::aten::{self, Info};
+use crate::error::{Error, Result};
+
+/// The dtype that rows, sums and covariances are kept in: float64 on the CPU, elsewhere at least float32.
+fn working_kind(info: &Info) -> Kind {
+    if info.is_cpu() || info.kind() == Some(Kind::Double) {
+        Kind::Double
+    } else {
+        Kind::Float
+    }
+}
+
+/// Two tensors of one dtype and one device.
+fn check_alike(argument: &str, info: &Info, other: &str, wanted: &Info) -> Result<()> {
+    if info.scalar_type != wanted.scalar_type || !info.is_beside(wanted) {
+        return Err(Error::value(
+            argument,
+            format_args!("{} on {}", info.dtype(), info.device()),
+            format_args!("{} on {}, as {other}", wanted.dtype(), wanted.device()),
+        ));
+    }
+    Ok(())
+}
+
+/// A square matrix in working dtype.
+fn check_covariance(covariance: &Tensor) -> Result<Info> {
+    let info = aten::matrix("covariance", covariance)?;
+    if info.sizes[0] != info.sizes[1] {
+        return Err(Error::value(
+            "covariance",
+            format_args!("shape {}", info.shape()),
+            "a square matrix",
+        ));
+    }
+    check_working("covariance", &info)?;
+    Ok(info)
+}
+
+/// Working dtype?
+fn check_working(argument: &str, info: &Info) -> Result<()> {
+    if info.kind() == Some(working_kind(info)) {
+        return Ok(());
+    }
+    Err(Error::value(
+        argument,
+        format_args!("{} on {}", info.dtype(), info.device()),
+        "float64 on the CPU, float32 or float64 elsewhere",
+    ))
+}
+
+/// How a batch becomes rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduce {
+    /// `z̄`, the mean over the batch, for each remaining position: Eq. (2).
+    Mean,
+    /// Every sample of every position.
+    Samples,
+}
+
+impl Reduce {
+    /// From the word that Python uses.
+    pub fn parse(word: &str) -> Result<Self> {
+        match word {
+            "mean" => Ok(Self::Mean),
+            "samples" => Ok(Self::Samples),
+            other => Err(Error::value(
+                "reduce",
+                format_args!("{other:?}"),
+                "\"mean\" or \"samples\"",
+            )),
+        }
+    }
+}
+
+/// `z̄ = (1/n_B) Σ_i z_i` for each position between the first and the last dimension, or all z_i; a new matrix of d columns.
+pub fn batch_rows(features: &Tensor, reduce: Reduce) -> Result<Tensor> {
+    let info = aten::describe_one(features)?;
+    aten::floating("features", &info)?;
+    let (batch, d) = (info.sizes[0], info.last);
+    if info.dim < 2 || d == 0 {
+        return Err(Error::value(
+            "features",
+            format_args!("shape {}", info.shape()),
+            "at least two dimensions (n_B, …, d) with d ≥ 1",
+        ));
+    }
+    let kind = working_kind(&info);
+    if info.numel == 0 {
+        return Ok(Tensor::f_empty([0, d], (kind, info.home()))?);
+    }
+    match reduce {
+        Reduce::Mean => Ok(features
+            .f_mean_dim([0_i64].as_slice(), false, kind)?
+            .f_reshape([info.numel / (batch * d), d])?),
+        Reduce::Samples => {
+            let rows = features.f_reshape([info.numel / d, d])?;
+            Ok(rows.f_to_dtype(kind, false, true)?)
+        }
+    }
+}
+
+/// Copies the finite rows behind the `used` ones; returns the new number of used rows and how many were left out.
+///
+/// On the CPU rows with an infinite or undefined entry are dropped; elsewhere they become zeros, which add nothing to Ȳ, so that nobody
+/// has to wait for the device.
+pub fn append_rows_(buffer: &Tensor, used: i64, rows: &Tensor) -> Result<(i64, Tensor)> {
+    let room = aten::matrix("buffer", buffer)?;
+    check_working("buffer", &room)?;
+    let info = aten::matrix("rows", rows)?;
+    check_alike("rows", &info, "buffer", &room)?;
+    let ([capacity, d, ..], [n, columns, ..]) = (room.sizes, info.sizes);
+    if columns != d {
+        return Err(Error::value(
+            "rows",
+            format_args!("shape {}", info.shape()),
+            format_args!("{d} columns, as buffer"),
+        ));
+    }
+    if !(0..=capacity).contains(&used) {
+        return Err(Error::value(
+            "used",
+            used,
+            format_args!("a number from 0 to {capacity}, the rows of buffer"),
+        ));
+    }
+    if used + n > capacity {
+        return Err(Error::value(
+            "buffer",
+            format_args!("{capacity} rows, {used} of them used"),
+            format_args!("room for {n} more"),
+        ));
+    }
+    if info.is_cpu() {
+        let finite = rows.f_isfinite()?.f_all_dim(1, false)?;
+        let kept = if finite.f_all()?.f_int64_value(&[])? == 1 {
+            rows.f_detach()?
+        } else {
+            rows.f_index_select(0, &finite.f_nonzero()?.f_squeeze_dim(1)?)?
+        };
+        let count = aten::describe_one(&kept)?.sizes[0];
+        buffer.f_narrow(0, used, count)?.f_copy_(&kept)?;
+        let left_out = Tensor::f_from_slice(&[n - count])?.f_squeeze()?;
+        return Ok((used + count, left_out));
+    }
+    let unsound = rows.f_isfinite()?.f_all_dim(1, true)?.f_logical_not()?;
+    let kept = rows.f_masked_fill(&unsound, 0.0)?;
+    buffer.f_narrow(0, used, n)?.f_copy_(&kept)?;
+    Ok((used + n, unsound.f_sum(Kind::Int64)?))
+}
+
+/// `Ȳ ← Ȳ + Σ_t z̄_t z̄_tᵀ`, as one product RᵀR.
+pub fn accumulate_(covariance: &mut Tensor, rows: &Tensor) -> Result<()> {
+    let info = check_covariance(covariance)?;
+    let other = aten::matrix("rows", rows)?;
+    check_alike("rows", &other, "covariance", &info)?;
+    if other.sizes[1] != info.sizes[0] {
+        return Err(Error::value(
+            "rows",
+            format_args!("shape {}", other.shape()),
+            format_args!("{} columns, as covariance", info.sizes[0]),
+        ));
+    }
+    if other.sizes[0] > 0 {
+        let _in_place = covariance.f_addmm_(&rows.f_tr()?, rows)?;
+    }
+    Ok(())
+}
+
+/// `Ȳ ← Ȳ − s sᵀ/n` with s = Σ_t z̄_t, the sum of n rows: from the uncentred to the centred sum of squares.
+pub fn centre_(covariance: &mut Tensor, total: &Tensor, count: i64) -> Result<()> {
+    let info = check_covariance(covariance)?;
+    let other = aten::describe_one(total)?;
+    aten::floating("total", &other)?;
+    check_alike("total", &other, "covariance", &info)?;
+    if other.dim != 1 || other.sizes[0] != info.sizes[0] {
+        return Err(Error::value(
+            "total",
+            format_args!("shape {}", other.shape()),
+            format_args!("({},), as covariance", info.sizes[0]),
+        ));
+    }
+    if count < 1 {
+        return Err(Error::value("count", count, "a number ≥ 1"));
+    }
+    #[allow(clippy::cast_precision_loss)] // a count of rows stays far below 2^53
+    let share = total.f_mul_scalar(1.0 / (count as f64).sqrt())?;
+    let _in_place = covariance.f_addr_(&share, &share.f_neg()?)?;
+    Ok(())
+}
+
+/// Each tensor ← factor · tensor: old turns count for less.
+pub fn decay_(tensors: &[&Tensor], factor: f64) -> Result<()> {
+    for (index, info) in aten::describe(tensors)?.iter().enumerate() {
+        aten::floating(format_args!("tensors[{index}]"), info)?;
+    }
+    if !factor.is_finite() {
+        return Err(Error::value("factor", factor, "a finite number"));
+    }
+    aten::foreach_mul_(tensors, factor)
+}

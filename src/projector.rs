@@ -1,0 +1,656 @@
+//! The flat projector T from the spectrum of Ȳ (Eqs. (3)–(4)), its use on gradients (Eqs. (5), (9)), and the orthogonal one.
+
+use tch::{Kind, Tensor};
+
+use crate::aten::{self, Info, Loop, Real};
+use crate::error::{Error, Result};
+use crate::sam::{is_double, numels, optional};
+
+/// How Ȳ is decomposed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// Eigendecomposition of the symmetric Ȳ.
+    Eigh,
+    /// Singular value decomposition, as in Eq. (3).
+    Svd,
+}
+
+impl Route {
+    /// From the word that Python uses.
+    pub fn parse(word: &str) -> Result<Self> {
+        match word {
+            "eigh" => Ok(Self::Eigh),
+            "svd" => Ok(Self::Svd),
+            other => Err(Error::value(
+                "route",
+                format_args!("{other:?}"),
+                "\"eigh\" or \"svd\"",
+            )),
+        }
+    }
+}
+
+/// The dtype of T: as asked for, or as the matrix it is made from.
+pub fn output_kind(dtype: Option<&str>) -> Result<Option<Kind>> {
+    match dtype {
+        None => Ok(None),
+        Some("float32") => Ok(Some(Kind::Float)),
+        Some("float64") => Ok(Some(Kind::Double)),
+        Some(other) => Err(Error::value(
+            "dtype",
+            format_args!("{other:?}"),
+            "\"float32\", \"float64\" or None",
+        )),
+    }
+}
+
+/// float32 or float64, in which matrices can be decomposed.
+fn check_full_precision(argument: &str, info: &Info) -> Result<Kind> {
+    match info.kind() {
+        Some(kind @ (Kind::Float | Kind::Double)) => Ok(kind),
+        _ => Err(Error::value(
+            argument,
+            info.dtype(),
+            "float32 or float64",
+        )),
+    }
+}
+
+/// A d×d matrix.
+fn check_square(argument: &str, tensor: &Tensor) -> Result<Info> {
+    let info = aten::matrix(argument, tensor)?;
+    if info.sizes[0] != info.sizes[1] || info.numel == 0 {
+        return Err(Error::value(
+            argument,
+            format_args!("shape {}", info.shape()),
+            "a square matrix",
+        ));
+    }
+    Ok(info)
+}
+
+/// τ ≥ 0.
+fn check_tau(tau: f64) -> Result<()> {
+    if tau.is_finite() && tau >= 0.0 {
+        Ok(())
+    } else {
+        Err(Error::value("tau", tau, "a finite number ≥ 0"))
+    }
+}
+
+/// Distance from 1 to the next number.
+fn epsilon(kind: Kind) -> f64 {
+    if kind == Kind::Double {
+        f64::EPSILON
+    } else {
+        f64::from(f32::EPSILON)
+    }
+}
+
+/// max |x|; an error if anything is not finite.
+fn largest(argument: &str, tensor: &Tensor) -> Result<f64> {
+    let largest = tensor.f_abs()?.f_max()?.f_double_value(&[])?;
+    if largest.is_finite() {
+        Ok(largest)
+    } else {
+        Err(Error::arithmetic(
+            argument,
+            format_args!("a matrix with {largest} in it"),
+            "finite numbers",
+        ))
+    }
+}
+
+/// The number of dimensions as float64, for tolerances.
+#[allow(clippy::cast_precision_loss)] // sizes of matrices stay far below 2^53
+fn real(size: i64) -> f64 {
+    size as f64
+}
+
+/// λ ascending and the eigenvectors as columns; if it does not converge in float32, again in float64.
+fn eigh(matrix: &Tensor, kind: Kind) -> Result<(Tensor, Tensor)> {
+    match matrix.f_linalg_eigh("L") {
+        Ok(pair) => Ok(pair),
+        Err(error) if kind == Kind::Double => Err(error.into()),
+        Err(_) => {
+            let (values, vectors) = matrix
+                .f_to_dtype(Kind::Double, false, false)?
+                .f_linalg_eigh("L")?;
+            Ok((
+                values.f_to_dtype(kind, false, false)?,
+                vectors.f_to_dtype(kind, false, false)?,
+            ))
+        }
+    }
+}
+
+/// `T = I − B Bᵀ`, exactly symmetric. B holds v·√(1−σ) in its columns: what T takes away.
+fn without(taken: &Tensor, (d, columns): (i64, i64), kind: Kind, info: &Info) -> Result<Tensor> {
+    if columns == 0 {
+        return Ok(Tensor::f_eye(d, (kind, info.home()))?);
+    }
+    let taken = taken.f_to_dtype(kind, false, false)?;
+    let product = taken.f_matmul(&taken.f_tr()?)?;
+    let mut t = product.f_add(&product.f_tr()?)?.f_mul_scalar(-0.5)?;
+    let _diagonal = t.f_diagonal(0, 0, 1)?.f_add_scalar_(1.0)?;
+    t.f_contiguous().map_err(Into::into)
+}
+
+/// `Y = V Λ Vᵀ` (Eq. (3)), `Σ = exp(−τ (Λ − λ_min I)/(λ_max − λ_min))`, `T = V Σ Vᵀ` (Eq. (4)).
+///
+/// Returns T and λ, descending. T is assembled as `I − V(I − Σ)Vᵀ`, from the directions only in which it differs from I by more than
+/// rounding. No spread between λ_max and λ_min beyond the rounding d·ε·λ_max: T = I.
+pub fn flat_projector(
+    covariance: &Tensor,
+    tau: f64,
+    route: Route,
+    dtype: Option<Kind>,
+) -> Result<(Tensor, Tensor)> {
+    let info = check_square("covariance", covariance)?;
+    let kind = check_full_precision("covariance", &info)?;
+    check_tau(tau)?;
+    let wanted = dtype.unwrap_or(kind);
+    let d = info.sizes[0];
+    let scale = largest("covariance", covariance)?;
+    let identity = || Tensor::f_eye(d, (wanted, info.home()));
+    if scale == 0.0 {
+        return Ok((identity()?, Tensor::f_zeros([d], (kind, info.home()))?));
+    }
+    let scaled = covariance.f_div_scalar(scale)?;
+    let skew = scaled
+        .f_sub(&scaled.f_tr()?)?
+        .f_abs_()?
+        .f_max()?
+        .f_double_value(&[])?;
+    if skew > epsilon(kind).sqrt() {
+        return Err(Error::value(
+            "covariance",
+            format_args!("a matrix that differs from its transpose by {skew:.3} of its largest entry"),
+            "a symmetric matrix",
+        ));
+    }
+    let (values, vectors) = match route {
+        Route::Eigh => eigh(&scaled, kind)?,
+        Route::Svd => {
+            let (u, s, _) = scaled.f_svd(true, true)?;
+            (s.f_flip([0_i64].as_slice())?, u.f_flip([1_i64].as_slice())?)
+        }
+    };
+    let values = values.f_clamp_min(0.0)?;
+    let singular_values = values.f_flip([0_i64].as_slice())?.f_mul_scalar(scale)?;
+    let (low, high) = (
+        values.f_double_value(&[0])?,
+        values.f_double_value(&[d - 1])?,
+    );
+    let spread = high - low;
+    if tau == 0.0 || spread <= real(d) * epsilon(kind) * high {
+        return Ok((identity()?, singular_values));
+    }
+    // 1 − σ = 1 − exp(−τ (λ − λ_min)/(λ_max − λ_min)), ascending like λ
+    let taken = values
+        .f_sub_scalar(low)?
+        .f_mul_scalar(-tau / spread)?
+        .f_expm1()?
+        .f_neg()?;
+    let negligible = taken
+        .f_le(0.25 * epsilon(wanted))?
+        .f_sum(Kind::Int64)?
+        .f_int64_value(&[])?;
+    let basis = vectors
+        .f_narrow(1, negligible, d - negligible)?
+        .f_mul(&taken.f_narrow(0, negligible, d - negligible)?.f_sqrt()?)?;
+    Ok((without(&basis, (d, d - negligible), wanted, &info)?, singular_values))
+}
+
+/// T from the r < d rows R whose `RᵀR` is Ȳ, without making Ȳ.
+///
+/// `R Rᵀ = U Λ_r Uᵀ` gives the non-zero λ and `V_r = Rᵀ U Λ_r^−½`; λ_min = 0, so `T = I + V_r (Σ_r − I) V_rᵀ`. The factor of V_r and that
+/// of 1 − Σ_r are taken together, `√((1 − exp(−τλ/λ_max))/λ)`, which stays bounded as λ → 0. λ below the rounding d·ε·λ_max counts as 0.
+pub fn flat_projector_from_rows(
+    rows: &Tensor,
+    tau: f64,
+    dtype: Option<Kind>,
+) -> Result<(Tensor, Tensor)> {
+    let info = aten::matrix("rows", rows)?;
+    let kind = check_full_precision("rows", &info)?;
+    check_tau(tau)?;
+    let [r, d, ..] = info.sizes;
+    if r >= d {
+        return Err(Error::value(
+            "rows",
+            format_args!("shape {}", info.shape()),
+            "fewer rows than columns; flat_projector takes the covariance of more",
+        ));
+    }
+    let wanted = dtype.unwrap_or(kind);
+    let options = (kind, info.home());
+    let scale = if r == 0 { 0.0 } else { largest("rows", rows)? };
+    if scale == 0.0 {
+        return Ok((
+            Tensor::f_eye(d, (wanted, info.home()))?,
+            Tensor::f_zeros([d], options)?,
+        ));
+    }
+    let scaled = rows.f_div_scalar(scale)?;
+    let (values, vectors) = eigh(&scaled.f_matmul(&scaled.f_tr()?)?, kind)?;
+    let high = values.f_double_value(&[r - 1])?;
+    let negligible = values
+        .f_le(real(d) * epsilon(kind) * high)?
+        .f_sum(Kind::Int64)?
+        .f_int64_value(&[])?;
+    let kept = r - negligible;
+    let values = values.f_narrow(0, negligible, kept)?;
+    let singular_values = Tensor::f_zeros([d], options)?;
+    singular_values.f_narrow(0, 0, kept)?.f_copy_(
+        &values
+            .f_flip([0_i64].as_slice())?
+            .f_mul_scalar(scale)?
+            .f_mul_scalar(scale)?,
+    )?;
+    if tau == 0.0 {
+        return Ok((
+            Tensor::f_eye(d, (wanted, info.home()))?,
+            singular_values,
+        ));
+    }
+    let factor = values
+        .f_mul_scalar(-tau / high)?
+        .f_expm1()?
+        .f_neg()?
+        .f_div(&values)?
+        .f_sqrt()?;
+    let combination = vectors
+        .f_narrow(1, negligible, kept)?
+        .f_mul(&factor)?
+        .f_to_dtype(wanted, false, false)?;
+    let basis = scaled
+        .f_to_dtype(wanted, false, false)?
+        .f_tr()?
+        .f_matmul(&combination)?;
+    Ok((without(&basis, (d, kept), wanted, &info)?, singular_values))
+}
+
+/// `k = P r`, `P ← P − k kᵀ/(α + rᵀk)` for one row r after the other (the recursion of OWM and MLA).
+///
+/// `normalise`: P is divided by its Frobenius norm after each row, as MLA released it.
+pub fn orthogonal_projector_(
+    projector: &mut Tensor,
+    rows: &Tensor,
+    alphas: &[f64],
+    normalise: bool,
+) -> Result<()> {
+    let info = check_square("projector", projector)?;
+    let kind = check_full_precision("projector", &info)?;
+    let other = aten::matrix("rows", rows)?;
+    let [n, d, ..] = other.sizes;
+    if d != info.sizes[0] || !other.is_beside(&info) {
+        return Err(Error::value(
+            "rows",
+            format_args!("shape {} on {}", other.shape(), other.device()),
+            format_args!("{} columns on {}, as projector", info.sizes[0], info.device()),
+        ));
+    }
+    if i64::try_from(alphas.len()) != Ok(n) {
+        return Err(Error::value(
+            "alphas",
+            format_args!("{} numbers", alphas.len()),
+            format_args!("{n}, one for each of rows"),
+        ));
+    }
+    for (index, &alpha) in alphas.iter().enumerate() {
+        if !alpha.is_finite() || alpha <= 0.0 {
+            return Err(Error::value(
+                format_args!("alphas[{index}]"),
+                alpha,
+                "a finite number > 0",
+            ));
+        }
+    }
+    if n == 0 {
+        return Ok(());
+    }
+    if info.is_cpu() {
+        largest("rows", rows)?;
+        largest("projector", projector)?;
+    }
+    let rows = rows.f_to_dtype(kind, false, false)?;
+    let mut p = projector.f_to_dtype(kind, false, true)?;
+    for (index, &alpha) in (0..n).zip(alphas) {
+        let r = rows.f_select(0, index)?;
+        let k = p.f_mv(&r)?;
+        // rᵀPr ≥ 0, save for rounding
+        let denominator = r.f_dot(&k)?.f_clamp_min(0.0)?.f_add_scalar(alpha)?;
+        let k = k.f_div(&denominator.f_sqrt()?)?;
+        let _in_place = p.f_addr_(&k, &k.f_neg()?)?;
+        if normalise {
+            let norm = p.f_norm()?;
+            let _in_place = p.f_div_(&norm)?;
+        }
+    }
+    Ok(projector.f_copy_(&p)?)
+}
+
+/// The dtype in which a gradient meets its projector: the wider of the two, at least float32.
+fn meeting_kind(gradient: &Info, projector: &Info) -> Kind {
+    if is_double(gradient) || is_double(projector) {
+        Kind::Double
+    } else {
+        Kind::Float
+    }
+}
+
+/// Checks lists of matrices and their projectors; returns the dtype to compute each in.
+fn check_projection(
+    argument: &str,
+    matrices: &[&Tensor],
+    projectors: &[&Tensor],
+) -> Result<Vec<Kind>> {
+    if projectors.len() != matrices.len() {
+        return Err(Error::value(
+            "projectors",
+            format_args!("{} matrices", projectors.len()),
+            format_args!("{}, one for each of {argument}", matrices.len()),
+        ));
+    }
+    let infos = crate::sam::check_list(argument, matrices)?;
+    let mut kinds = Vec::with_capacity(matrices.len());
+    for (index, (info, projector)) in infos.iter().zip(projectors).enumerate() {
+        let name = format!("{argument}[{index}]");
+        if info.dim != 2 {
+            return Err(Error::value(
+                name,
+                format_args!("shape {}", info.shape()),
+                "a matrix (out, d)",
+            ));
+        }
+        let name = format!("projectors[{index}]");
+        let other = check_square(&name, projector)?;
+        check_full_precision(&name, &other)?;
+        if other.sizes[0] != info.sizes[1] || !other.is_beside(info) {
+            return Err(Error::value(
+                name,
+                format_args!("shape {} on {}", other.shape(), other.device()),
+                format_args!(
+                    "({d}, {d}) on {}, for {argument}[{index}] of shape {}",
+                    info.device(),
+                    info.shape(),
+                    d = info.sizes[1]
+                ),
+            ));
+        }
+        kinds.push(meeting_kind(info, &other));
+    }
+    Ok(kinds)
+}
+
+/// What projecting did to a layer.
+#[derive(Clone, Copy, Default)]
+struct Effect {
+    /// Σ g².
+    before: f64,
+    /// Σ h², h = gT.
+    after: f64,
+    /// Σ g·h.
+    product: f64,
+}
+
+/// `g ← h` and what changed, in one pass.
+struct Replace<'a, T> {
+    /// g, written.
+    gradient: &'a mut [T],
+    /// h.
+    projected: &'a [T],
+}
+
+impl<T: Real> Loop for Replace<'_, T> {
+    type Out = Effect;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Effect {
+        const LANES: usize = 8;
+        let mut sums = [[0.0_f64; LANES]; 3];
+        let mut one = |lane: usize, gradient: &mut T, projected: T| {
+            let (g, h) = (gradient.wide(), projected.wide());
+            sums[0][lane] += g * g;
+            sums[1][lane] += h * h;
+            sums[2][lane] += g * h;
+            *gradient = projected;
+        };
+        let (gradients, gradients_tail) = self.gradient.as_chunks_mut::<LANES>();
+        let (projected, projected_tail) = self.projected.as_chunks::<LANES>();
+        for (gradient, projected) in gradients.iter_mut().zip(projected) {
+            for lane in 0..LANES {
+                one(lane, &mut gradient[lane], projected[lane]);
+            }
+        }
+        for (lane, (gradient, &projected)) in
+            gradients_tail.iter_mut().zip(projected_tail).enumerate()
+        {
+            one(lane, gradient, projected);
+        }
+        let [before, after, product] = sums.map(|lanes| lanes.iter().sum());
+        Effect {
+            before,
+            after,
+            product,
+        }
+    }
+}
+
+/// [‖g‖, ‖h‖, cos(g, h)] by torch, without waiting for a device; the cosine of a zero is 1.
+fn compare(gradient: &Tensor, projected: &Tensor, kind: Kind) -> Result<Tensor> {
+    let g = gradient.f_to_dtype(kind, false, false)?.f_reshape([-1_i64])?;
+    let h = projected.f_to_dtype(kind, false, false)?.f_reshape([-1_i64])?;
+    let (before, after) = (g.f_norm()?, h.f_norm()?);
+    let norms = before.f_mul(&after)?;
+    let cosine = g
+        .f_dot(&h)?
+        .f_div(&norms)?
+        .f_clamp(-1.0, 1.0)?
+        .f_where_scalarother(&norms.f_ne(0.0)?, 1.0)?;
+    Ok(Tensor::f_stack(&[before, after, cosine], 0)?)
+}
+
+/// The dtype of the reports: float64 on the CPU, float32 elsewhere.
+fn report_kind(info: Option<&Info>) -> Kind {
+    if info.is_none_or(Info::is_cpu) {
+        Kind::Double
+    } else {
+        Kind::Float
+    }
+}
+
+/// `∇W ← ∇W T` (Eqs. (5), (9)); reports [‖∇W‖, ‖∇W T‖, cosine] for each layer.
+///
+/// T acts from the right, as torch keeps W as (out, d). Computed in the wider dtype of the two, written back in the gradient's.
+pub fn project_(gradients: &mut [Tensor], projectors: &[&Tensor]) -> Result<Tensor> {
+    let borrowed: Vec<&Tensor> = gradients.iter().collect();
+    let kinds = check_projection("gradients", &borrowed, projectors)?;
+    let mut projected = Vec::with_capacity(gradients.len());
+    for ((gradient, projector), &kind) in gradients.iter().zip(projectors).zip(&kinds) {
+        projected.push(
+            gradient
+                .f_to_dtype(kind, false, false)?
+                .f_matmul(&projector.f_to_dtype(kind, false, false)?)?,
+        );
+    }
+    let infos = aten::describe(&borrowed)?;
+    let sources: Vec<&Tensor> = projected.iter().collect();
+    let (to, from) = (optional(&borrowed), optional(&sources));
+    let fits = aten::fits(&[&to, &from])?;
+    if infos.first().is_none_or(Info::is_cpu) && fits.iter().all(|&fits| fits) {
+        return replace(&borrowed, &sources, &infos);
+    }
+    drop((to, from, borrowed));
+    let report = report_kind(infos.first());
+    let mut rows = Vec::with_capacity(gradients.len());
+    for (gradient, projected) in gradients.iter().zip(&projected) {
+        rows.push(compare(gradient, projected, report)?);
+    }
+    for (gradient, projected) in gradients.iter_mut().zip(&projected) {
+        gradient.f_copy_(projected)?;
+    }
+    Ok(Tensor::f_stack(&rows, 0)?)
+}
+
+/// [`project_`]'s last part in one pass over memory.
+fn replace(gradients: &[&Tensor], projected: &[&Tensor], infos: &[Info]) -> Result<Tensor> {
+    let targets = aten::writable(&optional(gradients))?;
+    let sources = aten::readable(&optional(projected))?;
+    let parts: Vec<Vec<(usize, Effect)>> =
+        aten::for_chunks(&numels(infos), |part: &mut Vec<(usize, Effect)>, span| {
+            let i = span.tensor;
+            let (Some(info), Some(&to), Some(&from)) = (infos.get(i), targets.get(i), sources.get(i))
+            else {
+                return;
+            };
+            // SAFETY: the addresses and the dtype belong to tensor `i`, which `span` is of; the sources are ours alone; the GIL keeps the
+            // tensors alive.
+            let effect = unsafe {
+                if is_double(info) {
+                    aten::run(Replace::<f64> {
+                        gradient: aten::slice_mut(to, span),
+                        projected: aten::slice(from, span),
+                    })
+                } else {
+                    aten::run(Replace::<f32> {
+                        gradient: aten::slice_mut(to, span),
+                        projected: aten::slice(from, span),
+                    })
+                }
+            };
+            part.push((i, effect));
+        })?;
+    let mut effects = vec![Effect::default(); gradients.len()];
+    for (layer, part) in parts.into_iter().flatten() {
+        if let Some(effect) = effects.get_mut(layer) {
+            effect.before += part.before;
+            effect.after += part.after;
+            effect.product += part.product;
+        }
+    }
+    let numbers: Vec<f64> = effects
+        .iter()
+        .flat_map(|effect| {
+            let (before, after) = (effect.before.sqrt(), effect.after.sqrt());
+            let norms = before * after;
+            let cosine = if norms == 0.0 {
+                1.0
+            } else {
+                (effect.product / norms).clamp(-1.0, 1.0)
+            };
+            [before, after, cosine]
+        })
+        .collect();
+    Ok(Tensor::f_from_slice(&numbers)?.f_reshape([-1_i64, 3])?)
+}
+
+/// `W ← W₀ + (W − W₀) T`: the base optimizer's update is projected instead of the gradient; reports as [`project_`], of the update.
+pub fn project_update_(
+    weights: &mut [Tensor],
+    before: &[&Tensor],
+    projectors: &[&Tensor],
+) -> Result<Tensor> {
+    let borrowed: Vec<&Tensor> = weights.iter().collect();
+    let kinds = check_projection("weights", &borrowed, projectors)?;
+    let infos = aten::describe(&borrowed)?;
+    let copies = crate::sam::check_beside("before", before, &borrowed, &infos)?;
+    crate::sam::check_same_dtype("before", &copies, &infos)?;
+    drop(borrowed);
+    let report = report_kind(infos.first());
+    let (mut news, mut rows) = (Vec::new(), Vec::new());
+    for (((weight, start), projector), &kind) in
+        weights.iter().zip(before).zip(projectors).zip(&kinds)
+    {
+        let start = start.f_to_dtype(kind, false, false)?;
+        let update = weight.f_to_dtype(kind, false, false)?.f_sub(&start)?;
+        let projected = update.f_matmul(&projector.f_to_dtype(kind, false, false)?)?;
+        rows.push(compare(&update, &projected, report)?);
+        news.push(projected.f_add(&start)?);
+    }
+    for (weight, new) in weights.iter_mut().zip(&news) {
+        weight.f_copy_(new)?;
+    }
+    if rows.is_empty() {
+        return Ok(Tensor::f_zeros([0_i64, 3], (report, tch::Device::Cpu))?);
+    }
+    Ok(Tensor::f_stack(&rows, 0)?)
+}
+
+/// `T = T₁ T₂ ⋯`: several sources, the first one acts first.
+pub fn multiply(projectors: &[&Tensor]) -> Result<Tensor> {
+    let Some((first, others)) = projectors.split_first() else {
+        return Err(Error::value(
+            "projectors",
+            "an empty list",
+            "at least one matrix",
+        ));
+    };
+    let info = check_square("projectors[0]", first)?;
+    check_full_precision("projectors[0]", &info)?;
+    for (index, other) in others.iter().enumerate() {
+        let name = format!("projectors[{}]", index + 1);
+        let other = check_square(&name, other)?;
+        if other.sizes != info.sizes
+            || other.scalar_type != info.scalar_type
+            || !other.is_beside(&info)
+        {
+            return Err(Error::value(
+                name,
+                format_args!(
+                    "{} of shape {} on {}",
+                    other.dtype(),
+                    other.shape(),
+                    other.device()
+                ),
+                format_args!(
+                    "{} of shape {} on {}, as projectors[0]",
+                    info.dtype(),
+                    info.shape(),
+                    info.device()
+                ),
+            ));
+        }
+    }
+    let mut product = first.f_to_dtype(info.kind().unwrap_or(Kind::Float), false, true)?;
+    for other in others {
+        product = product.f_matmul(other)?;
+    }
+    Ok(product)
+}
+
+/// λ of Ȳ, descending, in float64 on the host; with `rows`, of `Ȳ = RᵀR` through the smaller of its two Gram matrices.
+pub fn singular_values(matrix: &Tensor, rows: bool) -> Result<Vec<f64>> {
+    let info = if rows {
+        aten::matrix("matrix", matrix)?
+    } else {
+        check_square("matrix", matrix)?
+    };
+    let [n, d, ..] = info.sizes;
+    let size = usize::try_from(d).unwrap_or(0);
+    let mut values = vec![0.0; size];
+    if info.numel == 0 {
+        return Ok(values);
+    }
+    let matrix = matrix.f_to_dtype_layout((Kind::Double, tch::Device::Cpu), false, false)?;
+    let scale = largest("matrix", &matrix)?;
+    if scale == 0.0 {
+        return Ok(values);
+    }
+    let scaled = matrix.f_div_scalar(scale)?;
+    let (symmetric, unit) = if !rows {
+        (scaled, scale)
+    } else if n < d {
+        (scaled.f_matmul(&scaled.f_tr()?)?, scale * scale)
+    } else {
+        (scaled.f_tr()?.f_matmul(&scaled)?, scale * scale)
+    };
+    let ascending = symmetric.f_linalg_eigvalsh("L")?;
+    let count = size.min(usize::try_from(aten::describe_one(&ascending)?.numel).unwrap_or(0));
+    let mut found = vec![0.0; count];
+    ascending.f_copy_data(&mut found, count)?;
+    for (value, found) in values.iter_mut().zip(found.iter().rev()) {
+        *value = found.max(0.0) * unit;
+    }
+    Ok(values)
+}

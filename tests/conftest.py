@@ -1,0 +1,50 @@
+"""What all tests share: the seed, one thread, Hypothesis' settings, and the devices they run on."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "igm",
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("igm")
+
+NO_CUDA = "needs a CUDA device, and torch sees none"
+
+
+def pytest_configure(config):
+    """Name the mark of what needs a GPU."""
+    config.addinivalue_line("markers", "cuda: runs on a CUDA device; skipped, and said so, where there is none")
+
+
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip(NO_CUDA)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say aloud how many cases were not run for want of a GPU."""
+    skipped = sum(NO_CUDA in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
+    if skipped:
+        terminalreporter.write_line(f"{skipped} CUDA cases were NOT run: torch sees no CUDA device", yellow=True)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Start every test from the same seed, on one thread (two give other sums)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Run a test on each device."""
+    return torch.device(request.param)

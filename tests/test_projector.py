@@ -1,0 +1,638 @@
+"""Eqs. (3)–(5) and (9) in Rust: the flat projector by each route, the orthogonal one, and what they do to gradients."""
+
+import math
+
+import numpy as np
+import pytest
+import reference as paper
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from igm_rs import _igm_rs as rust
+
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+NAN, INF = math.nan, math.inf
+LN2 = math.log(2)
+ROUTES = ["eigh", "svd"]
+
+
+def near(actual, expected, factor=1.0):
+    """Compare to 1e-12 in float64 and 1e-6 in float32, times a factor whose reason stands where it is given."""
+    tolerance = factor * {F64: 1e-12, F32: 1e-6}[actual.dtype]
+    torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), rtol=0, atol=tolerance)
+
+
+def matrix(*rows, dtype=F64, device="cpu"):
+    return torch.tensor(rows, dtype=dtype, device=device)
+
+
+def orthogonal(d, generator=None):
+    """Return a random orthogonal matrix."""
+    return torch.linalg.qr(torch.randn(d, d, dtype=F64, generator=generator))[0]
+
+
+def with_spectrum(lambdas):
+    """Return a covariance with this spectrum in a random basis, symmetric to the bit."""
+    q = orthogonal(len(lambdas))
+    covariance = q @ torch.diag(torch.as_tensor(lambdas, dtype=F64)) @ q.T
+    return (covariance + covariance.T) / 2
+
+
+def conditioning(covariance):
+    """Return λ_max/(λ_max − λ_min): Eq. (4) divides by the spread, so round-off of Ȳ grows by this in T."""
+    lambdas = paper.spectrum(covariance)
+    return (lambdas[0] / (lambdas[0] - lambdas[-1])).item()
+
+
+SPECTRA = {
+    "generic": [5.0, 3.0, 2.5, 1.0, 0.3, 0.1],
+    "one direction": [1.0, 0, 0, 0, 0, 0],
+    "rank deficient": [4.0, 2.0, 1.0, 0, 0, 0],
+    "ties": [3.0, 3.0, 3.0, 1.0, 1.0, 1.0],
+    "clusters": [3.0, 3.0 - 1e-9, 3.0 - 2e-9, 1.0 + 1e-9, 1.0, 1.0],
+    "one apart": [2.0, 2.0, 2.0, 2.0, 2.0, 1.0],
+    "wide": [1e12, 1e6, 1.0, 1e-6, 1e-12, 0],
+    "narrow": [1.001, 1.0008, 1.0006, 1.0004, 1.0002, 1.0],
+}
+
+
+# -- flat_projector ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_flat_projector_by_hand(device, route):
+    # λ = 3 along (1, 1)/√2, λ = 1 along (1, −1)/√2; τ = ln 2 gives Σ = diag(1/2, 1).
+    projector, lambdas = rust.flat_projector(matrix([2, 1], [1, 2], device=device), LN2, route=route)
+    near(projector, matrix([0.75, -0.25], [-0.25, 0.75]))
+    near(lambdas, torch.tensor([3.0, 1.0], dtype=F64))
+    diagonal = torch.diag(torch.tensor([2.0, 0.0, 4.0], dtype=F64, device=device))
+    projector, lambdas = rust.flat_projector(covariance=diagonal, tau=LN2, route=route)
+    near(projector, torch.diag(torch.tensor([0.5**0.5, 1.0, 0.5], dtype=F64)))
+    near(lambdas, torch.tensor([4.0, 2.0, 0.0], dtype=F64))
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
+@pytest.mark.parametrize("tau", [0.4, 10.0, 1000.0])
+@pytest.mark.parametrize("route", ROUTES)
+def test_flat_projector_agrees_with_the_reference(device, route, tau, spectrum):
+    covariance = with_spectrum(spectrum)
+    projector, lambdas = rust.flat_projector(covariance.to(device), tau, route)
+    # Σ has slope τ/spread, so an error of Ȳ of one unit in its last place is an error of T of τ · conditioning units.
+    near(projector, paper.flat_projector(covariance, tau), max(1.0, 2e-3 * tau * conditioning(covariance)))
+    near(lambdas / spectrum[0], paper.spectrum(covariance) / spectrum[0])
+    assert projector.device.type == device.type
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@given(
+    lambdas=st.lists(st.floats(0, 1), min_size=1, max_size=12),
+    tau=st.floats(0, 10),
+    exponent=st.integers(-140, 140),
+)
+def test_flat_projector_of_any_spectrum(route, lambdas, tau, exponent):
+    lambdas = [value if value > 1e-9 else 0.0 for value in lambdas]
+    torch.manual_seed(len(lambdas))
+    covariance = with_spectrum(lambdas) * 10.0**exponent
+    kept = covariance.clone()
+    projector, singular_values = rust.flat_projector(covariance, tau, route)
+    assert torch.equal(covariance, kept)
+    # the invariants: symmetric to the bit, eigenvalues in [e^−τ, 1]
+    assert torch.equal(projector, projector.T)
+    eigenvalues = torch.linalg.eigvalsh(projector)
+    assert eigenvalues.min() >= math.exp(-tau) - 1e-12
+    assert eigenvalues.max() <= 1 + 1e-12
+    assert (singular_values.diff() <= 0).all()
+    assert (singular_values >= 0).all()
+    near(singular_values / 10.0**exponent, torch.tensor(sorted(lambdas, reverse=True), dtype=F64))
+    # the reference, where Eq. (4) is well conditioned
+    if max(lambdas) > 0 and max(lambdas) - min(lambdas) > 1e-2 * max(lambdas):
+        near(projector, paper.flat_projector(covariance, tau), max(1.0, 2e-3 * tau * conditioning(covariance)))
+
+
+@given(lambdas=st.lists(st.floats(0.1, 1), min_size=2, max_size=10), tau=st.floats(0.01, 10))
+def test_routes_agree_in_float32(device, lambdas, tau):
+    # A covariance in float32 is what CUDA works with; its T is as good as float32 allows.
+    covariance = with_spectrum(sorted([0.0, *lambdas, 2.0])).float()
+    expected = paper.flat_projector(covariance, tau)
+    for route in ROUTES:
+        projector, lambdas_ = rust.flat_projector(covariance.to(device), tau, route)
+        assert projector.dtype == lambdas_.dtype == F32
+        assert torch.equal(projector, projector.T)
+        # method.md §5: ≤ 2e-6 for τ ≤ 10; a float32 eigendecomposition is off by a few ulp of λ_max, times slope τ.
+        near(projector, expected, max(2.0, tau))
+
+
+@pytest.mark.parametrize(("source", "target"), [(F64, F32), (F64, F64), (F32, F64), (F32, F32)])
+def test_dtype_of_the_projector(device, source, target):
+    covariance = with_spectrum(SPECTRA["generic"]).to(device, source)
+    name = str(target).removeprefix("torch.")
+    projector, lambdas = rust.flat_projector(covariance, 0.4, dtype=name)
+    assert projector.dtype == target
+    assert lambdas.dtype == source
+    assert torch.equal(projector, projector.T)
+    expected = paper.flat_projector(covariance.cpu(), 0.4)
+    near(projector.to(F32), expected)
+    assert rust.flat_projector(covariance, 0.4)[0].dtype == source
+    if source == target == F64:
+        near(projector, expected)
+
+
+DEGENERATE = {
+    "zero": torch.zeros(4, 4, dtype=F64),
+    "multiple of I": 7 * torch.eye(4, dtype=F64),
+    "one dimension": torch.full((1, 1), 3.0, dtype=F64),
+    "one dimension, zero": torch.zeros(1, 1, dtype=F64),
+    "within round-off": torch.diag(torch.tensor([1.0, 1 + 2e-16, 1 + 4e-16, 1], dtype=F64)),
+    "tiny multiple of I": 1e-300 * torch.eye(4, dtype=F64),
+    "huge multiple of I": 1e300 * torch.eye(4, dtype=F64),
+}
+
+
+@pytest.mark.parametrize("covariance", DEGENERATE.values(), ids=DEGENERATE.keys())
+@pytest.mark.parametrize("route", ROUTES)
+def test_flat_spectrum_gives_the_identity_to_the_bit(device, route, covariance):
+    projector, lambdas = rust.flat_projector(covariance.to(device), 0.4, route)
+    assert torch.equal(projector.cpu(), torch.eye(len(covariance), dtype=F64))
+    largest = covariance.abs().max()
+    torch.testing.assert_close(lambdas.cpu(), largest.expand(len(covariance)), rtol=1e-14, atol=0)
+
+
+def test_multiple_of_identity_in_a_random_basis_is_still_degenerate(device):
+    q = orthogonal(6)
+    covariance = 3 * q @ q.T  # I up to round-off
+    projector, _ = rust.flat_projector(((covariance + covariance.T) / 2).to(device), 0.4)
+    assert torch.equal(projector.cpu(), torch.eye(6, dtype=F64))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_nearly_flat_spectrum_is_not_degenerate(device, route):
+    # A spread of 1e-9 is far above d · eps: the top direction is still cut to e^−τ.
+    covariance = torch.diag(torch.tensor([1 + 1e-9, 1.0], dtype=F64, device=device))
+    projector, _ = rust.flat_projector(covariance, LN2, route)
+    torch.testing.assert_close(projector.cpu(), torch.diag(torch.tensor([0.5, 1.0], dtype=F64)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_tau_zero_gives_the_identity_to_the_bit(device, route):
+    covariance = with_spectrum(SPECTRA["generic"]).to(device)
+    projector, lambdas = rust.flat_projector(covariance, 0.0, route)
+    assert torch.equal(projector.cpu(), torch.eye(6, dtype=F64))
+    near(lambdas, torch.tensor(SPECTRA["generic"], dtype=F64))
+
+
+@pytest.mark.parametrize("scale", [2.0**-7, 3.0, 1e150, 1e-150, 1e300, 1e-300])
+@pytest.mark.parametrize("route", ROUTES)
+def test_projector_does_not_depend_on_the_scale(device, route, scale):
+    covariance = with_spectrum(SPECTRA["generic"]).to(device)
+    projector, _ = rust.flat_projector(covariance, 0.4, route)
+    scaled, lambdas = rust.flat_projector(scale * covariance, 0.4, route)
+    near(scaled, projector)
+    near(lambdas / scale, torch.tensor(SPECTRA["generic"], dtype=F64))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", ["generic", "rank deficient", "ties", "clusters"])
+def test_projector_turns_with_the_basis(device, route, name):
+    covariance, q = with_spectrum(SPECTRA[name]), orthogonal(6)
+    turned = q @ covariance @ q.T
+    projector, _ = rust.flat_projector(covariance.to(device), 2.0, route)
+    other, _ = rust.flat_projector(((turned + turned.T) / 2).to(device), 2.0, route)
+    near(other, q @ projector.cpu() @ q.T)
+
+
+def test_negative_round_off_counts_as_zero(device):
+    rows = torch.randn(2, 40, dtype=F64)
+    covariance = rows.T @ rows
+    assert torch.linalg.eigvalsh(covariance)[0] < 0  # the case is met
+    projector, lambdas = rust.flat_projector(covariance.to(device), 0.4)
+    assert lambdas.min() >= 0
+    assert torch.linalg.eigvalsh(projector).max() <= 1 + 1e-12
+    near(projector, paper.flat_projector(covariance, 0.4))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("place", [(0, 2), (2, 0), (1, 1)], ids=["upper", "lower", "diagonal"])
+def test_non_finite_covariance_is_an_arithmetic_error(device, route, dtype, bad, place):
+    covariance = torch.eye(3, dtype=dtype, device=device)
+    covariance[place] = bad
+    with pytest.raises(ArithmeticError, match="covariance"):
+        rust.flat_projector(covariance, 0.4, route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_any_memory_layout_and_no_autograd(device, route):
+    covariance = with_spectrum(SPECTRA["generic"]).to(device)
+    expected = paper.flat_projector(covariance.cpu(), 0.4)
+    whole = covariance.new_zeros(12, 12)
+    whole[::2, ::2] = covariance
+    for view in (covariance.T, whole[::2, ::2], covariance.clone().requires_grad_()):
+        projector, lambdas = rust.flat_projector(view, 0.4, route)
+        near(projector, expected)
+        assert not projector.requires_grad
+        assert not lambdas.requires_grad
+    ones = torch.ones(1, 1, dtype=F64, device=device).expand(5, 5)
+    near(rust.flat_projector(ones, 0.4, route)[0], paper.flat_projector(ones.cpu(), 0.4))
+
+
+# -- flat_projector_from_rows -----------------------------------------------------------------------------------------
+
+
+def test_projector_from_rows_by_hand(device):
+    projector, lambdas = rust.flat_projector_from_rows(matrix([2, 0], device=device), LN2)
+    near(projector, matrix([0.5, 0], [0, 1]))
+    near(lambdas, torch.tensor([4.0, 0.0], dtype=F64))
+    # Rows (1, 1, 0) and (1, −1, 0) · √2: λ = 4 along (1, −1)/√2, 2 along (1, 1)/√2, 0.
+    rows = matrix([1, 1, 0], [2**0.5, -(2**0.5), 0], device=device)
+    projector, lambdas = rust.flat_projector_from_rows(rows=rows, tau=LN2)
+    a, b = (0.5 + 0.5**0.5) / 2, (0.5**0.5 - 0.5) / 2
+    near(projector, matrix([a, b, 0], [b, a, 0], [0, 0, 1]))
+    near(lambdas, torch.tensor([4.0, 2.0, 0.0], dtype=F64))
+
+
+@given(d=st.integers(2, 24), share=st.floats(0, 1), tau=st.floats(0, 10), exponent=st.integers(-70, 70))
+def test_gram_route_agrees_with_eigh_and_the_reference(device, d, share, tau, exponent):
+    r = int(share * (d - 1))
+    torch.manual_seed(100 * d + r)
+    unit = torch.randn(r, d, dtype=F64)
+    rows = unit * 10.0**exponent
+    kept = rows.clone()
+    projector, lambdas = rust.flat_projector_from_rows(rows.to(device), tau)
+    assert torch.equal(rows, kept)
+    assert torch.equal(projector, projector.T)
+    near(projector, paper.flat_projector(unit.T @ unit, tau), max(1.0, tau))
+    near(projector, rust.flat_projector((rows.T @ rows).to(device), tau)[0], max(1.0, tau))
+    assert lambdas.shape == (d,)
+    assert (lambdas.diff() <= 0).all()
+    assert (lambdas[r:] == 0).all()
+    near(lambdas.cpu() / 10.0 ** (2 * exponent) / d, paper.spectrum(unit.T @ unit) / d, 4.0)
+
+
+def test_gram_route_in_float32(device):
+    rows = torch.randn(9, 30)
+    projector, lambdas = rust.flat_projector_from_rows(rows.to(device), 0.4)
+    assert projector.dtype == lambdas.dtype == F32
+    expected = paper.flat_projector(rows.double().T @ rows.double(), 0.4)
+    near(projector, expected)
+    assert rust.flat_projector_from_rows(rows.to(device), 0.4, dtype="float64")[0].dtype == F64
+    single, lambdas = rust.flat_projector_from_rows(rows.double().to(device), 0.4, dtype="float32")
+    assert single.dtype == F32
+    assert lambdas.dtype == F64
+    near(single, expected)
+
+
+def test_gram_route_without_rows_and_with_empty_ones(device):
+    eye = torch.eye(3, dtype=F64)
+    for rows in (torch.zeros(0, 3, dtype=F64), torch.zeros(1, 3, dtype=F64), torch.zeros(2, 3, dtype=F64)):
+        projector, lambdas = rust.flat_projector_from_rows(rows.to(device), 0.4)
+        assert torch.equal(projector.cpu(), eye)
+        assert torch.equal(lambdas.cpu(), torch.zeros(3, dtype=F64))
+    projector, lambdas = rust.flat_projector_from_rows(matrix([1, 2, 3], device=device), 0.0)
+    assert torch.equal(projector.cpu(), eye)
+    near(lambdas, torch.tensor([14.0, 0, 0], dtype=F64), 14.0)
+
+
+DEPENDENT = {
+    "same row twice": [[1.0, 2, 3, 4], [1, 2, 3, 4]],
+    "multiples and zero": [[1.0, 2, 3, 4], [0, 0, 0, 0], [-2, -4, -6, -8]],
+    "nearly the same": [[1.0, 2, 3, 4], [1, 2, 3, 4 + 1e-9]],
+    "very small beside large": [[1e8, 0, 0, 1e8], [1e-8, 1e-8, 0, 0]],
+    "equal lengths at right angles": [[1.0, 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, -1]],
+}
+
+
+@pytest.mark.parametrize("rows", DEPENDENT.values(), ids=DEPENDENT.keys())
+def test_gram_route_with_dependent_rows(device, rows):
+    rows = matrix(*rows)
+    projector, _ = rust.flat_projector_from_rows(rows.to(device), 2.0)
+    near(projector, paper.flat_projector(rows.T @ rows, 2.0))
+    assert torch.equal(projector, projector.T)
+
+
+def test_gram_route_of_any_memory_layout(device):
+    rows = torch.randn(3, 8, dtype=F64, device=device)
+    whole = rows.new_zeros(6, 16)
+    whole[::2, ::2] = rows
+    for view in (rows.T.contiguous().T, whole[::2, ::2], rows[:1].expand(3, -1), rows.clone().requires_grad_()):
+        projector, _ = rust.flat_projector_from_rows(view, 0.4)
+        near(projector, paper.flat_projector((view.T @ view).detach().cpu(), 0.4))
+        assert not projector.requires_grad
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_gram_route_of_non_finite_rows_is_an_arithmetic_error(device, bad):
+    with pytest.raises(ArithmeticError, match="rows"):
+        rust.flat_projector_from_rows(matrix([1, bad, 3], device=device), 0.4)
+
+
+# -- orthogonal_projector_ --------------------------------------------------------------------------------------------
+
+
+def test_orthogonal_projector_by_hand(device):
+    # r = (1, 0), α = 1: k = r, P = I − k kᵀ/2. Then r = (2, 2), α = 1/2: k = (1, 2), rᵀk = 6.
+    projector = torch.eye(2, dtype=F64, device=device)
+    place = projector.data_ptr()
+    assert rust.orthogonal_projector_(projector, matrix([1, 0], device=device), [1.0]) is None
+    near(projector, matrix([0.5, 0], [0, 1]))
+    rust.orthogonal_projector_(projector=projector, rows=matrix([2, 2], device=device), alphas=[0.5])
+    near(projector, matrix([0.5 - 1 / 6.5, -2 / 6.5], [-2 / 6.5, 1 - 4 / 6.5]))
+    assert projector.data_ptr() == place
+    projector = torch.eye(2, dtype=F64, device=device)
+    rust.orthogonal_projector_(projector, matrix([1, 0], device=device), [1.0], normalise=True)
+    near(projector, matrix([0.5, 0], [0, 1]) / math.sqrt(1.25))
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@given(d=st.integers(1, 12), n=st.integers(0, 8), alpha=st.floats(0.01, 1))
+def test_orthogonal_projector_agrees_with_the_reference(device, normalise, d, n, alpha):
+    torch.manual_seed(20 * d + n)
+    rows = torch.randn(n, d, dtype=F64)
+    alphas = [alpha ** (1 + t / max(n, 1)) for t in range(n)]
+    projector = torch.eye(d, dtype=F64, device=device)
+    rust.orthogonal_projector_(projector, rows.to(device), alphas, normalise)
+    near(projector, paper.orthogonal_projector(torch.eye(d), rows, alphas, normalise), 10.0)  # n rounds of round-off
+    if not normalise:  # what the recursion is: the inverse of I + Σ r rᵀ/α
+        inverse = torch.eye(d, dtype=F64) + sum(torch.outer(r, r) / a for r, a in zip(rows, alphas, strict=True))
+        near(projector, torch.linalg.inv(inverse), 10.0)
+
+
+def test_orthogonal_projector_of_any_memory_layout_and_nothing(device):
+    rows = torch.randn(4, 3, dtype=F64, device=device)
+    expected = paper.orthogonal_projector(torch.eye(3), rows.cpu(), [0.1] * 4)
+    whole = rows.new_zeros(6, 6)
+    for projector in (torch.eye(3, dtype=F64, device=device).T, whole[::2, ::2]):
+        projector.copy_(torch.eye(3))
+        rust.orthogonal_projector_(projector, rows.T.contiguous().T, [0.1] * 4)
+        near(projector, expected)
+        rust.orthogonal_projector_(projector, rows[:0], [])
+        near(projector, expected)
+
+
+# -- project_ and project_update_ -------------------------------------------------------------------------------------
+
+
+def statistics(before, after):
+    """Return ‖G‖, ‖G T‖ and their cosine, 1 where there is nothing to compare."""
+    before, after = before.double().cpu(), after.double().cpu()
+    norms = before.norm().item(), after.norm().item()
+    return [*norms, (before * after).sum().item() / (norms[0] * norms[1]) if all(norms) else 1.0]
+
+
+def test_project_by_hand(device):
+    gradient = matrix([1, 2], [0, 3], device=device)
+    place = gradient.data_ptr()
+    stats = rust.project_([gradient], [matrix([1, 10], [100, 1000], device=device)])
+    assert gradient.tolist() == [[201, 2010], [300, 3000]]
+    assert gradient.data_ptr() == place
+    assert stats.shape == (1, 3)
+    gradient = matrix([3, 4], device=device)
+    stats = rust.project_(gradients=[gradient], projectors=[matrix([1, 0], [0, 0], device=device)])
+    near(stats, torch.tensor([[5.0, 3.0, 0.6]]))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@given(shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=4))
+def test_project_agrees_with_the_reference(device, dtype, shapes):
+    gradients = [torch.randn(shape).to(device, dtype) for shape in shapes]
+    half = dtype in (F16, BF16)
+    projectors = [with_spectrum(torch.rand(d).double() + 0.1).to(device, F32 if half else dtype) for _, d in shapes]
+    kept = [[t.clone() for t in tensors] for tensors in (gradients, projectors)]
+    places = [g.data_ptr() for g in gradients]
+    stats = rust.project_(gradients, projectors)
+    assert stats.dtype == (F64 if device.type == "cpu" else F32)
+    assert stats.device.type == device.type
+    assert [g.data_ptr() for g in gradients] == places
+    for gradient, projector, before, untouched, row in zip(gradients, projectors, *kept, stats, strict=True):
+        assert gradient.dtype == dtype
+        assert torch.equal(projector, untouched)
+        exact = before.double() @ projector.double()
+        if half:  # computed in float32 and rounded once
+            torch.testing.assert_close(gradient, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+            torch.testing.assert_close(row.double().cpu(), torch.tensor(statistics(before, exact), dtype=F64),
+                                       rtol=2 * torch.finfo(dtype).eps, atol=1e-6)  # fmt: skip
+        else:
+            near(gradient, exact, max(1.0, exact.abs().max().item()))
+            near(row.to(dtype), torch.tensor(statistics(before, exact)), max(1.0, before.norm().item()))
+
+
+def test_identity_changes_nothing_to_the_bit(device):
+    gradients = [torch.randn(4, 6, device=device), torch.randn(2, 3, device=device)]
+    kept = [g.clone() for g in gradients]
+    stats = rust.project_(gradients, [torch.eye(6, device=device), torch.eye(3, device=device)])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, kept, strict=True))
+    near(stats[:, 0].cpu(), stats[:, 1].cpu())
+    torch.testing.assert_close(stats[:, 2].double().cpu(), torch.ones(2, dtype=F64), rtol=0, atol=1e-6)
+
+
+def test_projection_shrinks_and_keeps_the_acute_angle(device):
+    gradient = torch.randn(8, 6, dtype=F64, device=device)
+    projector, _ = rust.flat_projector(with_spectrum(SPECTRA["generic"]).to(device), 3.0)
+    (norm_before, norm_after, cosine) = rust.project_([gradient], [projector])[0].tolist()
+    assert math.exp(-3.0) * norm_before <= norm_after <= norm_before
+    assert 0 < cosine <= 1
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_cosine_of_nothing_is_one(device, fill):
+    gradient = torch.full((2, 3), fill, dtype=F64, device=device)
+    stats = rust.project_([gradient], [torch.zeros(3, 3, dtype=F64, device=device)])
+    near(stats, torch.tensor([[fill * 6**0.5, 0.0, 1.0]]))
+
+
+def test_project_of_any_memory_layout(device):
+    projector = torch.randn(3, 3, dtype=F64, device=device)
+    values = torch.randn(4, 3, dtype=F64, device=device)
+    whole = values.new_zeros(8, 6)
+    for gradient in (values.T.contiguous().T, whole[::2, ::2]):
+        gradient.copy_(values)
+        strides, place = gradient.stride(), gradient.data_ptr()
+        rust.project_([gradient], [projector.T])
+        near(gradient, values @ projector.T, 10.0)
+        assert (gradient.stride(), gradient.data_ptr()) == (strides, place)
+    assert whole[1::2].count_nonzero() == 0
+
+
+def test_nothing_to_project(device):
+    assert rust.project_([], []).shape == (0, 3)
+    assert rust.project_update_([], [], []).shape == (0, 3)
+
+
+def test_project_update_by_hand(device):
+    weight, before = matrix([2, 5], device=device), matrix([1, 3], device=device)
+    place = weight.data_ptr()
+    stats = rust.project_update_([weight], [before], [matrix([1, 0], [0, 0.5], device=device)])
+    assert weight.tolist() == [[2, 4]]
+    assert before.tolist() == [[1, 3]]
+    assert weight.data_ptr() == place
+    near(stats, torch.tensor([[5**0.5, 2**0.5, 3 / 10**0.5]]))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@given(shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=3))
+def test_project_update_agrees_with_the_reference(device, dtype, shapes):
+    befores = [torch.randn(shape).to(device, dtype) for shape in shapes]
+    weights = [(b + 0.1 * torch.randn(b.shape, device=device)).to(dtype) for b in befores]
+    half = dtype in (F16, BF16)
+    projectors = [with_spectrum(torch.rand(d).double() + 0.1).to(device, F32 if half else dtype) for _, d in shapes]
+    moved, kept = [w.clone() for w in weights], [b.clone() for b in befores]
+    stats = rust.project_update_(weights=weights, before=befores, projectors=projectors)
+    assert stats.dtype == (F64 if device.type == "cpu" else F32)
+    for weight, before, after, projector, same, row in zip(
+        weights, befores, moved, projectors, kept, stats, strict=True
+    ):
+        assert torch.equal(before, same)
+        update = after.double() - before.double()
+        exact = before.double() + update @ projector.double()
+        if half:
+            torch.testing.assert_close(weight, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        else:
+            near(weight, exact, max(1.0, exact.abs().max().item()))
+            torch.testing.assert_close(
+                row.double().cpu(), torch.tensor(statistics(update, exact - before.double()), dtype=F64),
+                rtol=0, atol=1e-5 if dtype == F32 else 1e-10,
+            )  # fmt: skip
+
+
+# -- multiply and singular_values -------------------------------------------------------------------------------------
+
+
+def test_multiply_in_the_order_given(device):
+    a, b = matrix([1, 2], [0, 1], device=device), matrix([1, 0], [3, 1], device=device)
+    assert rust.multiply([a, b]).tolist() == [[7, 2], [3, 1]]
+    assert rust.multiply(projectors=[b, a]).tolist() == [[1, 2], [3, 7]]
+    assert rust.multiply([a]).tolist() == a.tolist()
+    assert a.tolist() == [[1, 2], [0, 1]]
+
+
+@given(count=st.integers(1, 5), d=st.integers(1, 6))
+def test_multiply_is_one_projection_after_the_other(device, count, d):
+    projectors = [torch.randn(d, d, dtype=F64, device=device) / d for _ in range(count)]
+    gradient = torch.randn(3, d, dtype=F64, device=device)
+    together = gradient.clone()
+    rust.project_([together], [rust.multiply(projectors)])
+    for projector in projectors:
+        rust.project_([gradient], [projector])
+    near(together, gradient, 10.0)
+
+
+def test_singular_values_by_hand(device):
+    values = rust.singular_values(matrix([2, 1], [1, 2], device=device))
+    assert isinstance(values, np.ndarray)
+    assert values.dtype == np.float64
+    np.testing.assert_allclose(values, [3, 1], rtol=0, atol=1e-14)
+    np.testing.assert_allclose(rust.singular_values(matrix=matrix([3, 4, 0], device=device), rows=True), [25, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@given(n=st.integers(0, 9), d=st.integers(1, 9))
+def test_singular_values_agree_with_the_reference(device, dtype, n, d):
+    torch.manual_seed(10 * n + d)
+    rows = torch.randn(n, d, dtype=F64).to(dtype)
+    covariance = rows.double().T @ rows.double()
+    expected = paper.spectrum(covariance).numpy()
+    size = max(1.0, expected[0])
+    for matrix_, by_rows in ((rows, True), (covariance.to(dtype), False)):
+        values = rust.singular_values(matrix_.to(device), rows=by_rows)
+        assert values.shape == (d,)
+        assert (np.diff(values) <= 0).all()
+        assert (values >= 0).all()
+        np.testing.assert_allclose(values, expected, rtol=0, atol=size * (1e-12 if dtype == F64 else 1e-6))
+
+
+def test_singular_values_of_any_memory_layout(device):
+    covariance = with_spectrum(SPECTRA["generic"]).to(device)
+    whole = covariance.new_zeros(12, 12)
+    whole[::2, ::2] = covariance
+    for view in (covariance.T, whole[::2, ::2], covariance.clone().requires_grad_()):
+        np.testing.assert_allclose(rust.singular_values(view), SPECTRA["generic"], rtol=0, atol=1e-12)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+C = torch.eye(2, dtype=F64)
+R = torch.ones(1, 2, dtype=F64)
+G = torch.ones(3, 2, dtype=F64)
+WIDE = torch.eye(5, dtype=F64)
+
+ERRORS = [
+    (lambda: rust.flat_projector(G, 0.4), ValueError, ["covariance", "(3, 2)"]),
+    (lambda: rust.flat_projector(torch.ones(4, dtype=F64), 0.4), ValueError, ["covariance", "(4,)"]),
+    (lambda: rust.flat_projector(C.long(), 0.4), ValueError, ["covariance", "int64"]),
+    (lambda: rust.flat_projector(C.half(), 0.4), ValueError, ["covariance", "float16"]),
+    (lambda: rust.flat_projector(C.to(torch.complex128), 0.4), ValueError, ["covariance", "complex"]),
+    (lambda: rust.flat_projector(C, -0.5), ValueError, ["tau", "-0.5"]),
+    (lambda: rust.flat_projector(C, NAN), ValueError, ["tau", "NaN"]),
+    (lambda: rust.flat_projector(C, INF), ValueError, ["tau", "inf"]),
+    (lambda: rust.flat_projector(C, 0.4, "lanczos"), ValueError, ["route", "lanczos", "eigh", "svd"]),
+    (lambda: rust.flat_projector(C, 0.4, dtype="float8"), ValueError, ["dtype", "float8", "float32", "float64"]),
+    (lambda: rust.flat_projector(C.numpy(), 0.4), TypeError, ["covariance", "ndarray"]),
+    (lambda: rust.flat_projector_from_rows(G, 0.4), ValueError, ["rows", "3", "flat_projector"]),
+    (lambda: rust.flat_projector_from_rows(C, 0.4), ValueError, ["rows", "2", "flat_projector"]),
+    (lambda: rust.flat_projector_from_rows(R[0], 0.4), ValueError, ["rows", "(2,)"]),
+    (lambda: rust.flat_projector_from_rows(R.int(), 0.4), ValueError, ["rows", "int32"]),
+    (lambda: rust.flat_projector_from_rows(R, -1.0), ValueError, ["tau", "-1"]),
+    (lambda: rust.flat_projector_from_rows(R, 0.4, dtype="int8"), ValueError, ["dtype", "int8"]),
+    (lambda: rust.flat_projector_from_rows(None, 0.4), TypeError, ["rows", "None"]),
+    (lambda: rust.orthogonal_projector_(C, R, []), ValueError, ["alphas", "0", "1"]),
+    (lambda: rust.orthogonal_projector_(C, R, [0.0]), ValueError, ["alphas", "0"]),
+    (lambda: rust.orthogonal_projector_(C, R, [-0.1]), ValueError, ["alphas", "-0.1"]),
+    (lambda: rust.orthogonal_projector_(C, R, [NAN]), ValueError, ["alphas", "NaN"]),
+    (lambda: rust.orthogonal_projector_(G, R, [0.1]), ValueError, ["projector", "(3, 2)"]),
+    (lambda: rust.orthogonal_projector_(WIDE, R, [0.1]), ValueError, ["rows", "2", "5"]),
+    (lambda: rust.orthogonal_projector_(C, R.float(), [0.1]), ValueError, ["rows", "float32"]),
+    (lambda: rust.orthogonal_projector_(C, NAN * R, [0.1]), ArithmeticError, ["rows"]),
+    (lambda: rust.orthogonal_projector_(3, R, [0.1]), TypeError, ["projector", "int"]),
+    (lambda: rust.project_([G], []), ValueError, ["projectors", "0", "1"]),
+    (lambda: rust.project_([G, G], [C, WIDE]), ValueError, ["[1]", "2", "5"]),
+    (lambda: rust.project_([G, G.reshape(1, 3, 2)], [C, C]), ValueError, ["gradients[1]", "(1, 3, 2)"]),
+    (lambda: rust.project_([G, G], [C, G]), ValueError, ["projectors[1]", "(3, 2)"]),
+    (lambda: rust.project_([G, G.float()], [C, C]), ValueError, ["[1]", "float32", "float64"]),
+    (lambda: rust.project_([G, G.long()], [C, C]), ValueError, ["gradients[1]", "int64"]),
+    (lambda: rust.project_([G, None], [C, C]), TypeError, ["gradients[1]", "None"]),
+    (lambda: rust.project_(G, [C]), TypeError, ["gradients"]),
+    (lambda: rust.project_update_([G], [], [C]), ValueError, ["before", "0", "1"]),
+    (lambda: rust.project_update_([G], [R], [C]), ValueError, ["before[0]", "(1, 2)", "(3, 2)"]),
+    (lambda: rust.project_update_([G], [G.float()], [C]), ValueError, ["before[0]", "float32"]),
+    (lambda: rust.project_update_([G, G], [G, G], [C, WIDE]), ValueError, ["[1]", "2", "5"]),
+    (lambda: rust.multiply([]), ValueError, ["projectors", "empty"]),
+    (lambda: rust.multiply([C, WIDE]), ValueError, ["projectors[1]", "5", "2"]),
+    (lambda: rust.multiply([C, C.float()]), ValueError, ["projectors[1]", "float32"]),
+    (lambda: rust.multiply([C, 1]), TypeError, ["projectors[1]", "int"]),
+    (lambda: rust.singular_values(G), ValueError, ["matrix", "(3, 2)"]),
+    (lambda: rust.singular_values(R[0], rows=True), ValueError, ["matrix", "(2,)"]),
+    (lambda: rust.singular_values(C.long()), ValueError, ["matrix", "int64"]),
+    (lambda: rust.singular_values(NAN * C), ArithmeticError, ["matrix"]),
+    (lambda: rust.singular_values([1.0]), TypeError, ["matrix", "list"]),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "fragments"), ERRORS)
+def test_errors_name_argument_value_and_what_is_expected_and_change_nothing(call, error, fragments):
+    with pytest.raises(error) as caught:
+        call()
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(C, torch.eye(2, dtype=F64))
+    assert torch.equal(WIDE, torch.eye(5, dtype=F64))
+    assert (G == 1).all()
+    assert (R == 1).all()
+
+
+def test_overlapping_gradients_are_refused_before_anything_changes():
+    fine, overlapping = torch.ones(3, 2), torch.ones(1, 2).expand(3, 2)
+    with pytest.raises(ValueError, match=r"gradients\[1\]"):
+        rust.project_([fine, overlapping], [2 * torch.eye(2), 2 * torch.eye(2)])
+    assert (fine == 1).all()
+
+
+@pytest.mark.cuda
+def test_tensors_of_two_devices_are_refused():
+    with pytest.raises(ValueError, match="cpu"):
+        rust.project_([G.cuda()], [C])
+    with pytest.raises(ValueError, match="cpu"):
+        rust.orthogonal_projector_(C.cuda(), R, [0.1])
+    with pytest.raises(ValueError, match="cpu"):
+        rust.multiply([C.cuda(), C])

@@ -1,0 +1,406 @@
+"""Holds the oracle itself: cases worked by hand for every equation, and for the order of Algorithm 1."""
+
+import ast
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import reference as paper
+import torch
+from torch import nn
+
+F64 = torch.float64
+
+
+def matrix(*rows):
+    return torch.tensor(rows, dtype=F64)
+
+
+def near(actual, expected, tolerance=1e-15):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_oracle_does_not_use_the_package():
+    tree = ast.parse(Path(paper.__file__).read_text(encoding="utf-8"))
+    imported = {
+        (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert imported == {"contextlib", "torch"}
+
+
+# -- Eq. (2) ----------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_outer_product_by_hand():
+    mean = paper.batch_rows(matrix([1, 2], [3, 6]))
+    assert mean.tolist() == [[2, 4]]
+    assert paper.outer_product(mean).tolist() == [[4, 8], [8, 16]]
+
+
+def test_cumulative_covariance_by_hand():
+    # Two batches with means (2, 4) and (1, -1): [[4, 8], [8, 16]] + [[1, -1], [-1, 1]].
+    rows = torch.cat([paper.batch_rows(matrix([1, 2], [3, 6])), paper.batch_rows(matrix([1, -1]))])
+    assert paper.cumulative_covariance(rows).tolist() == [[5, 7], [7, 17]]
+    # The first one decayed to one quarter, and both around their mean (1.5, 1.5).
+    near(paper.cumulative_covariance(rows, torch.tensor([0.25, 1.0], dtype=F64)), matrix([2, 1], [1, 5]))
+    near(paper.cumulative_covariance(rows, centred=True), matrix([0.5, 2.5], [2.5, 12.5]))
+
+
+def test_token_features_give_one_row_for_each_position():
+    features = matrix([1, 2, 3, 4], [5, 6, 7, 8]).reshape(2, 2, 2)  # (n_B, s, d)
+    assert paper.batch_rows(features).tolist() == [[3, 4], [5, 6]]
+    assert paper.batch_rows(features, "samples").tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+
+
+# -- Eqs. (3) and (4) -------------------------------------------------------------------------------------------------
+
+
+def test_spectrum_by_hand():
+    near(paper.spectrum(matrix([2, 1], [1, 2])), torch.tensor([3.0, 1.0], dtype=F64))
+
+
+def test_change_of_output_along_a_singular_direction_is_its_singular_value():
+    # Eq. (3): ‖Z γ v_i‖ = γ λ_i, with Z = U Λ Vᵀ.
+    features = matrix([3, 0], [0, 1], [0, 0])
+    _, lambdas, vh = torch.linalg.svd(features)
+    for i, value in enumerate(lambdas):
+        near(torch.linalg.vector_norm(features @ (0.5 * vh[i])), 0.5 * value)
+
+
+def test_flat_projector_by_hand():
+    # λ = 3 along (1, 1)/√2 and λ = 1 along (1, −1)/√2; with τ = ln 2, Σ = diag(1/2, 1).
+    near(paper.flat_projector(matrix([2, 1], [1, 2]), math.log(2)), matrix([0.75, -0.25], [-0.25, 0.75]))
+    # λ = 4, 2, 0 gives Σ = e^−τ, e^−τ/2, 1.
+    diagonal = torch.diag(torch.tensor([2.0, 0.0, 4.0], dtype=F64))
+    expected = torch.diag(torch.tensor([0.5**0.5, 1.0, 0.5], dtype=F64))
+    near(paper.flat_projector(diagonal, math.log(2)), expected)
+
+
+@pytest.mark.parametrize("covariance", [torch.zeros(3, 3), 7 * torch.eye(3), torch.full((1, 1), 5.0)])
+def test_flat_projector_of_a_flat_spectrum_is_the_identity(covariance):
+    assert torch.equal(paper.flat_projector(covariance, 0.4), torch.eye(len(covariance), dtype=F64))
+
+
+def test_orthogonal_projector_by_hand():
+    # r = (1, 0), α = 1: k = (1, 0), P = I − diag(1, 0)/2. Then r = (2, 2), α = 0.5: k = (1, 2), rᵀk = 6.
+    once = paper.orthogonal_projector(torch.eye(2), matrix([1, 0]), [1.0])
+    near(once, matrix([0.5, 0], [0, 1]))
+    twice = paper.orthogonal_projector(torch.eye(2), matrix([1, 0], [2, 2]), [1.0, 0.5])
+    near(twice, matrix([0.5 - 1 / 6.5, -2 / 6.5], [-2 / 6.5, 1 - 4 / 6.5]))
+    near(
+        paper.orthogonal_projector(torch.eye(2), matrix([1, 0]), [1.0], normalise=True), once / math.sqrt(1.25), 1e-15
+    )
+
+
+# -- Eqs. (5), (7), (8), (9) ------------------------------------------------------------------------------------------
+
+
+def test_projected_gradient_acts_from_the_right():
+    assert paper.projected_gradient(matrix([1, 2]), matrix([1, 10], [100, 1000])).tolist() == [[201, 2010]]
+
+
+def test_perturbation_has_one_norm_over_all_tensors():
+    first, missing, second = paper.perturbation([matrix([3, 0]), None, matrix([0, 4])], 0.5)
+    near(first, matrix([0.3, 0]))
+    assert missing is None
+    near(second, matrix([0, 0.4]))
+    first, second = paper.perturbation([matrix([3]), matrix([4])], [1.0, 10.0])
+    near(torch.cat([first, second]), matrix([0.6], [8]))
+
+
+def test_sam_gradient_of_one_parameter_by_hand():
+    # L = θ²/2 at θ = 2: g = 2, ε* = 0.05, ∇L(θ + ε*) = 2.05, L(θ + ε*) = 2.05²/2.
+    theta = nn.Parameter(torch.tensor([2.0], dtype=F64))
+    place = theta.data_ptr()
+    (gradient,), value = paper.sam_gradient(lambda: (theta**2 / 2).sum(), [theta], 0.05)
+    assert gradient.item() == 2.05
+    assert value == 2.05**2 / 2
+    assert theta.item() == 2.0
+    assert theta.data_ptr() == place
+
+
+def test_sam_step_of_one_parameter_by_hand():
+    # θ ← 2 − 0.1 · 2.05 in one turn of one modality with nothing projected.
+    theta = nn.Parameter(torch.tensor([2.0], dtype=F64))
+    oracle = paper.Algorithm1({"only": [theta]}, torch.optim.SGD([theta], lr=0.1), rho=0.05)
+    assert oracle.step("only", lambda: (theta**2 / 2).sum()) == 2.0
+    near(theta.detach(), torch.tensor([1.795], dtype=F64))
+    assert oracle.losses == [(2.0, 2.05**2 / 2)]
+
+
+# -- line 9 and the order of Algorithm 1 ------------------------------------------------------------------------------
+
+
+def test_source_index_is_line_nine():
+    assert [paper.source_index(j, 2) for j in (1, 2)] == [2, 1]
+    assert [paper.source_index(j, 3) for j in (1, 2, 3)] == [3, 1, 2]
+    assert paper.source_index(1, 1) == 1
+
+
+def test_source_names():
+    names = ("a", "v", "t")
+    assert [paper.source_names(n, names, "previous") for n in names] == [["t"], ["a"], ["v"]]
+    assert [paper.source_names(n, names, "others") for n in names] == [["v", "t"], ["t", "a"], ["a", "v"]]
+    assert paper.source_names("only", ("only",), "others") == ["only"]
+    assert paper.source_names("a", names, {"a": None}) == []
+    assert paper.source_names("a", names, {"a": "v"}) == ["v"]
+    assert paper.source_names("a", names, {"a": ["t", "v"]}) == ["t", "v"]
+
+
+def test_schedule_of_turns_and_of_alternation():
+    turns = [(i, name, t, last) for i, name, t, last in paper.schedule(["a", "v"], 2, 2)]
+    assert turns == [
+        (0, "a", 0, False),
+        (0, "a", 1, True),
+        (0, "v", 0, False),
+        (0, "v", 1, True),
+        (1, "a", 2, False),
+        (1, "a", 3, True),
+        (1, "v", 2, False),
+        (1, "v", 3, True),
+    ]
+    alternating = [(name, t) for _, name, t, _ in paper.schedule(["a", "v"], 1, 2, alternate=True)]
+    assert alternating == [("a", 0), ("v", 0), ("a", 1), ("v", 1)]
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two modalities of one Linear layer each, whose input is the data: L = ½ Σ (W z)² averaged over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.v = (nn.Linear(2, 1, bias=False, dtype=F64) for _ in range(2))
+        with torch.no_grad():
+            self.a.weight.copy_(matrix([1, 1]))
+            self.v.weight.copy_(matrix([1, 1]))
+
+    def loss(self, name, z):
+        return getattr(self, name)(z).square().mean() / 2
+
+
+def oracle_of(model, **options):
+    settings = {"rho": 0.0, "tau": math.log(2), **options}
+    lr = settings.pop("lr", 0.5)
+    return paper.Algorithm1(
+        {"a": [model.a], "v": [model.v]},
+        torch.optim.SGD(model.parameters(), lr=lr),
+        {"a": [model.a], "v": [model.v]},
+        **settings,
+    )
+
+
+def test_two_turns_by_hand():
+    # Turn of a, z = (1, 0): T⁽ᵛ⁾ = I, ∇W = (1, 0), W ← (0.5, 1). Then Ȳ⁽ᵃ⁾ = diag(1, 0) and T⁽ᵃ⁾ = diag(1/2, 1).
+    # Turn of v, z = (1, 1): W z = 2, ∇W = (2, 2), ∇W T⁽ᵃ⁾ = (1, 2), W ← (0.5, 0).
+    model = Pair()
+    oracle = oracle_of(model)
+    with oracle.turn("a"):
+        oracle.step("a", lambda: model.loss("a", matrix([1, 0])))
+        assert oracle.projectors["a"] == {}
+    near(model.a.weight.detach(), matrix([0.5, 1]))
+    near(oracle.projectors["a"][model.a], matrix([0.5, 0], [0, 1]))
+    with oracle.turn("v"):
+        oracle.step("v", lambda: model.loss("v", matrix([1, 1])))
+    near(model.v.weight.detach(), matrix([0.5, 0]))
+    near(model.a.weight.detach(), matrix([0.5, 1]))
+
+
+def test_turn_projects_with_sam_by_hand():
+    # As above with ρ = 1 in the turn of v: ε* = (1, 1)/√2, W z at θ + ε* = 2 + √2, ∇W T⁽ᵃ⁾ = (1 + √2/2, 2 + √2).
+    model = Pair()
+    oracle = oracle_of(model, rho={"a": 0.0, "v": 1.0})
+    for name, z in (("a", matrix([1, 0])), ("v", matrix([1, 1]))):
+        with oracle.turn(name):
+            oracle.step(name, lambda name=name, z=z: model.loss(name, z))
+    root = math.sqrt(2)
+    near(model.v.weight.detach(), matrix([1 - (1 + root / 2) / 2, 1 - (2 + root) / 2]))
+
+
+def test_update_projection_by_hand():
+    # With SGD and no momentum, projecting the update is projecting the gradient; with weight decay it is not:
+    # update = −0.5 (2 + 0.2, 2 + 0.2) = (−1.1, −1.1), times diag(1/2, 1) = (−0.55, −1.1).
+    model = Pair()
+    oracle = oracle_of(model, project="update")
+    oracle.base.param_groups[0]["weight_decay"] = 0.2
+    oracle.projectors["a"][model.a] = matrix([0.5, 0], [0, 1])
+    oracle.step("v", lambda: model.loss("v", matrix([1, 1])))
+    near(model.v.weight.detach(), matrix([0.45, -0.1]))
+
+
+def test_covariance_fresh_kept_and_decayed():
+    batches = [matrix([1, 0]), matrix([0, 2])]  # outer products diag(1, 0) and diag(0, 4)
+    for covariance, expected in (("fresh", (0, 4)), ("kept", (1, 4)), (0.5, (0.5, 4))):
+        model = Pair()
+        oracle = oracle_of(model, covariance=covariance)
+        for z in batches:
+            with oracle.turn("a"):
+                oracle.step("a", lambda z=z, model=model: model.loss("a", z))
+            with oracle.turn("a"):
+                pass  # an empty turn changes nothing
+        near(oracle.covariance_of("a", model.a), torch.diag(torch.tensor(expected, dtype=F64)))
+
+
+def test_refresh_at_the_end_of_implicit_turns_every_n_steps_and_by_hand():
+    def run(refresh):
+        model = Pair()
+        oracle = oracle_of(model, refresh=refresh)
+        made = []
+        for name in ("a", "a", "v", "a"):
+            oracle.step(name, lambda name=name: model.loss(name, matrix([1.0, 0.5])))
+            made.append(sorted(k for k, layers in oracle.projectors.items() if layers))
+        return oracle, made
+
+    assert run("turn")[1] == [[], [], ["a"], ["a", "v"]]
+    assert run(2)[1] == [[], ["a"], ["a"], ["a"]]
+    assert run(1)[1] == [["a"], ["a"], ["a", "v"], ["a", "v"]]
+    oracle, made = run("manual")
+    assert made == [[], [], [], []]
+    oracle.refresh("v")
+    assert list(oracle.projectors["v"]) == oracle.heads["v"]
+
+
+def test_fresh_covariance_starts_anew_after_every_n_steps():
+    model = Pair()
+    oracle = oracle_of(model, refresh=2)
+    for x in (1.0, 2.0, 3.0):
+        oracle.step("a", lambda x=x: model.loss("a", matrix([x, 0])))
+    assert oracle.covariance_of("a", model.a)[0, 0] == 9
+
+
+def test_collect_replaces_the_rows_of_its_turn():
+    model = Pair()
+    oracle = oracle_of(model, covariance="kept")
+    with oracle.turn("a"):
+        oracle.step("a", lambda: model.loss("a", matrix([1, 0])))
+    with oracle.turn("a"):
+        oracle.step("a", lambda: model.loss("a", matrix([2, 0])))
+        oracle.collect("a", [lambda: model.a(matrix([3, 0])), lambda: model.a(matrix([0, 4]))])
+        oracle.step("a", lambda: model.loss("a", matrix([5, 0])))
+    near(oracle.covariance_of("a", model.a), matrix([10, 0], [0, 16]))
+    oracle.collect("v", [lambda: model.v(matrix([1, 0]))])
+    near(oracle.projectors["v"][model.v], matrix([0.5, 0], [0, 1]))
+
+
+def test_only_the_active_and_the_shared_move():
+    parts = {n: nn.Parameter(torch.ones(1, dtype=F64)) for n in ("a", "v", "pair", "all")}
+    base = torch.optim.SGD(parts.values(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    oracle = paper.Algorithm1(
+        {"a": [parts["a"], parts["pair"]], "v": [parts["v"], parts["pair"]], "t": [nn.Parameter(torch.ones(1))]},
+        base,
+        rho=0.05,
+    )
+
+    def moved_by(name):
+        before = {n: p.item() for n, p in parts.items()}
+        oracle.step(name, lambda: sum((p**2).sum() for p in parts.values()))
+        return {n for n, p in parts.items() if p.item() != before[n]}
+
+    assert moved_by("a") == {"a", "pair", "all"}
+    assert moved_by("v") == {"v", "pair", "all"}
+    assert moved_by("t") == {"all"}
+
+
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("which", [0, 1])
+def test_bad_gradient_in_either_pass_is_skipped(bad, which):
+    model = Pair()
+    oracle = oracle_of(model, rho=0.05)
+    oracle.step("a", lambda: model.loss("a", matrix([1, 2])))
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(oracle.base.state_dict())
+    factors = [1.0, 1.0]
+    factors[which] = bad
+    oracle.step("a", lambda: factors.pop(0) * model.loss("a", matrix([1, 2])))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert str(oracle.base.state_dict()) == str(state)
+    assert oracle.skipped == 1
+    assert len(oracle.rows["a"][model.a]) == 1
+
+
+def test_non_finite_rows_are_left_out():
+    model = Pair()
+    oracle = oracle_of(model, features="samples")
+    with oracle.turn("a"):
+        seen = {}
+        with oracle._watch("a", seen):
+            model.a(matrix([1, 0], [math.nan, 0], [0, math.inf], [2, 0]))
+        oracle._keep("a", seen)
+    near(oracle.covariance_of("a", model.a), matrix([5, 0], [0, 0]))
+
+
+def test_orthogonal_projector_belongs_to_the_layer():
+    head = nn.Linear(2, 1, bias=False, dtype=F64)
+    oracle = paper.Algorithm1(
+        {"a": [head], "v": [head]},
+        torch.optim.SGD(head.parameters(), lr=0.1),
+        {"a": [head], "v": [head]},
+        rho=0.0,
+        projector="orthogonal",
+        covariance="kept",
+        refresh=1,
+        alpha=0.1,
+        batches=2,
+    )
+    rows = {"a": [matrix([1, 0]), matrix([1, 1]), matrix([0, 3])], "v": [matrix([0, 2]), matrix([2, 1]), matrix([1, 1])]}
+    for i in range(3):
+        for name in "av":
+            oracle.step(name, lambda z=rows[name][i]: head(z).square().sum())
+    # α = 0.1^(1 + batch/2) with batch = 0, 1, 0: counted for each modality.
+    order = torch.cat([rows[name][i] for i in range(3) for name in "av"])
+    alphas = [0.1, 0.1, 0.1**1.5, 0.1**1.5, 0.1, 0.1]
+    near(oracle.layer_projectors[head], paper.orthogonal_projector(torch.eye(2), order, alphas))
+    assert oracle.projector_for("a", head) is not None
+
+
+def test_several_sources_multiply_in_the_order_of_training():
+    layers = {n: nn.Linear(2, 1, bias=False, dtype=F64) for n in "avt"}
+    parameters = [layer.weight for layer in layers.values()]
+    oracle = paper.Algorithm1(
+        {n: [layer] for n, layer in layers.items()},
+        torch.optim.SGD(parameters, lr=0.1),
+        {n: [layer] for n, layer in layers.items()},
+        sources="others",
+    )
+    oracle.projectors["t"][layers["t"]] = matrix([1, 2], [0, 1])
+    oracle.projectors["a"][layers["a"]] = matrix([1, 0], [3, 1])
+    near(oracle.projector_for("v", layers["v"]), matrix([7, 2], [3, 1]))  # T⁽ᵗ⁾ T⁽ᵃ⁾
+    assert torch.equal(oracle.projector_for("t", layers["t"]), oracle.projectors["a"][layers["a"]])
+
+
+def test_batch_norm_statistics_advance_once():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)).double()
+    oracle = paper.Algorithm1({"a": [model]}, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
+    oracle.step("a", lambda: model(torch.randn(5, 2, dtype=F64)).square().mean())
+    assert model[0].num_batches_tracked.item() == 1
+
+
+def test_whole_run_steps_in_the_order_of_algorithm_one():
+    model, order = Pair(), []
+    data = {"a": [matrix([1, 0]), matrix([0, 1])], "v": [matrix([1, 1])]}
+
+    def loss(name, z):
+        order.append((name, tuple(z[0].tolist())))
+        return model.loss(name, z)
+
+    ended = []
+    oracle = paper.run_algorithm1(
+        {"a": [model.a], "v": [model.v]},
+        data,
+        loss,
+        2,
+        1,
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        after=lambda _, i, name: ended.append((i, name)),
+        heads={"a": [model.a], "v": [model.v]},
+        rho=0.0,
+        tau=0.4,
+    )
+    assert order == [("a", (1, 0)), ("v", (1, 1)), ("a", (0, 1)), ("v", (1, 1))]
+    assert ended == [(0, "a"), (0, "v"), (1, "a"), (1, "v")]
+    assert oracle.active is None
+    near(oracle.covariance_of("a", model.a), matrix([0, 0], [0, 1]))
