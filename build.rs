@@ -21,20 +21,17 @@ fn main() -> io::Result<()> {
         .ok_or_else(|| missing(format!("__version__ in {}", torch.join("version.py").display())))?;
     println!("cargo:rustc-env=IGM_TORCH_VERSION={version}");
 
-    // OpenMP is compiled in but not linked: its symbols are those of the libgomp that torch has loaded, so that there is one thread pool.
     let include = torch.join("include");
     cc::Build::new()
         .cpp(true)
         .std("c++17")
         .pic(true)
         .opt_level(2)
-        .flag("-fopenmp")
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .flag("-isystem")
         .flag(&include)
         .flag("-isystem")
         .flag(include.join("torch/csrc/api/include"))
-        .warnings_into_errors(true)
         .file("src/aten.cpp")
         .compile("igm_aten");
 

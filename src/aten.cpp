@@ -1,7 +1,7 @@
 // The few ATen calls that tch lacks: what a list of tensors looks like in memory, multi-tensor operations, torch's thread pool.
 // Every function returns 0, or 1 with the first line of the error in `error`; nothing thrown gets past this file.
 
-#include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_foreach_add.h>
@@ -9,6 +9,7 @@
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_foreach_sub.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -188,8 +189,22 @@ int igm_fuses_multiply_add(uint8_t* fused, IgmError error) {
   return guarded(error, [&] { *fused = at::get_cpu_capability() != "DEFAULT" ? 1 : 0; });
 }
 
+// body(context, begin, end) over parts of 0..n on the threads that torch's own kernels use. The loop is torch's, over n bytes that nobody
+// looks at, because at::parallel_for would be compiled in here and bring a second OpenMP along under a torch that names its own differently.
 int igm_parallel_for(int64_t n, void (*body)(void*, int64_t, int64_t), void* context, IgmError error) {
-  return guarded(error, [&] { at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); }); });
+  return guarded(error, [&] {
+    const at::Tensor places = at::empty({n}, at::kByte);
+    const char* const origin = static_cast<const char*>(places.const_data_ptr());
+    at::TensorIterator iterator = at::TensorIteratorConfig().set_check_mem_overlap(false).add_output(places).build();
+    iterator.for_each(
+        [&](char** data, const int64_t* strides, int64_t size, int64_t rows) {
+          for (int64_t row = 0; row < rows; ++row) {
+            const int64_t begin = data[0] + row * strides[1] - origin;
+            body(context, begin, begin + size);
+          }
+        },
+        /*grain_size=*/1);
+  });
 }
 
 // L2 norms, computed in `kind` (an at::ScalarType; negative: in the tensors' own).

@@ -630,7 +630,7 @@ pub trait Real: Copy + PartialEq + Default + Send + Sync + 'static {
     /// Counter as wide as the number, so that counting stays in the vector unit.
     type Count: Copy + Default;
     /// Rounds a float64 as torch does with a Python number.
-    fn round(value: f64) -> Self;
+    fn rounded(value: f64) -> Self;
     /// The same number as float64.
     fn wide(self) -> f64;
     /// self · b + c.
@@ -654,7 +654,7 @@ macro_rules! real {
 
             #[allow(clippy::cast_possible_truncation)] // rounding to the dtype is the point
             #[inline(always)]
-            fn round(value: f64) -> Self {
+            fn rounded(value: f64) -> Self {
                 value as $float
             }
 

@@ -131,7 +131,7 @@ fn without(taken: &Tensor, (d, columns): (i64, i64), kind: Kind, info: &Info) ->
     }
     let taken = taken.f_to_dtype(kind, false, false)?;
     let product = taken.f_matmul(&taken.f_tr()?)?;
-    let mut t = product.f_add(&product.f_tr()?)?.f_mul_scalar(-0.5)?;
+    let t = product.f_add(&product.f_tr()?)?.f_mul_scalar(-0.5)?;
     let _diagonal = t.f_diagonal(0, 0, 1)?.f_add_scalar_(1.0)?;
     t.f_contiguous().map_err(Into::into)
 }
@@ -647,7 +647,7 @@ pub fn singular_values(matrix: &Tensor, rows: bool) -> Result<Vec<f64>> {
     };
     let ascending = symmetric.f_linalg_eigvalsh("L")?;
     let count = size.min(usize::try_from(aten::describe_one(&ascending)?.numel).unwrap_or(0));
-    let mut found = vec![0.0; count];
+    let mut found = vec![0.0_f64; count];
     ascending.f_copy_data(&mut found, count)?;
     for (value, found) in values.iter_mut().zip(found.iter().rev()) {
         *value = found.max(0.0) * unit;

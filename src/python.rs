@@ -303,7 +303,7 @@ pub fn at_perturbed(
         &norm.0,
         &rhos,
         measure,
-        || -> PyResult<bool> { Ok(body.call0()?.is(PyBool::new(body.py(), true))) },
+        || -> PyResult<bool> { Ok(body.call0()?.is(&*PyBool::new(body.py(), true))) },
     )?;
     Ok(stats.map(Out))
 }

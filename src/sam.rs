@@ -202,7 +202,7 @@ pub fn gradient_norm(gradients: &[&Tensor]) -> Result<Tensor> {
             }
         };
     })?;
-    let mut sum: f64 = sums.iter().sum();
+    let mut sum = sums.iter().fold(0.0, |sum, part| sum + part);
     for norm in aten::foreach_norm(&pick(gradients, &general), Some(Kind::Double))? {
         let norm = norm.f_double_value(&[])?;
         sum += norm * norm;
@@ -249,60 +249,75 @@ struct Perturb<'a, T> {
     scale: T,
 }
 
-impl<T: Real> Perturb<'_, T> {
-    /// One weight.
-    #[inline(always)]
-    fn one<const FMA: bool>(
-        scale: T,
-        (param, &gradient, before): (&mut T, &T, &mut T),
-        (squares, moved, nonzero): (&mut f64, &mut T::Count, &mut T::Count),
-    ) {
-        let old = *param;
-        let new = scale.mul_add::<FMA>(gradient, old);
-        *before = old;
-        *param = new;
-        let realised = new.wide() - old.wide();
-        *squares += realised * realised;
-        T::count(moved, new != old);
-        T::count(nonzero, gradient != T::ZERO);
-    }
-}
-
 impl<T: Real> Loop for Perturb<'_, T> {
     type Out = Measure;
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Measure {
-        let mut squares = [0.0_f64; LANES];
-        let mut moved = [T::Count::default(); LANES];
-        let mut nonzero = [T::Count::default(); LANES];
+        let scale = self.scale;
+        let mut sums = Sums::<T>::default();
         let (params, params_tail) = self.params.as_chunks_mut::<LANES>();
         let (gradients, gradients_tail) = self.gradients.as_chunks::<LANES>();
         let (before, before_tail) = self.before.as_chunks_mut::<LANES>();
         for ((param, gradient), before) in params.iter_mut().zip(gradients).zip(before) {
-            for lane in 0..LANES {
-                Self::one::<FMA>(
-                    self.scale,
-                    (&mut param[lane], &gradient[lane], &mut before[lane]),
-                    (&mut squares[lane], &mut moved[lane], &mut nonzero[lane]),
-                );
+            let old = *param;
+            let mut new = old;
+            for (new, g) in new.iter_mut().zip(gradient) {
+                *new = scale.mul_add::<FMA>(*g, *new);
             }
+            *before = old;
+            *param = new;
+            sums.add(&old, &new, gradient);
         }
         for ((param, gradient), before) in params_tail
             .iter_mut()
             .zip(gradients_tail)
             .zip(before_tail)
         {
-            Self::one::<FMA>(
-                self.scale,
-                (param, gradient, before),
-                (&mut squares[0], &mut moved[0], &mut nonzero[0]),
-            );
+            let old = *param;
+            let new = scale.mul_add::<FMA>(*gradient, old);
+            *before = old;
+            *param = new;
+            // the rest of the lanes are zeros, which add nothing
+            let one = |x: T| {
+                let mut lanes = [T::ZERO; LANES];
+                lanes[0] = x;
+                lanes
+            };
+            sums.add(&one(old), &one(new), &one(*gradient));
         }
         Measure {
-            squares: squares.iter().sum(),
-            moved: moved.iter().map(|&count| T::counted(count)).sum(),
-            nonzero: nonzero.iter().map(|&count| T::counted(count)).sum(),
+            squares: sums.squares.iter().sum(),
+            moved: sums.moved.iter().map(|&count| T::counted(count)).sum(),
+            nonzero: sums.nonzero.iter().map(|&count| T::counted(count)).sum(),
+        }
+    }
+}
+
+/// [`Measure`] while it is being taken, each lane for itself.
+#[derive(Default)]
+struct Sums<T: Real> {
+    /// Σ (realised ε)².
+    squares: [f64; LANES],
+    /// Weights that moved.
+    moved: [T::Count; LANES],
+    /// Weights with a gradient.
+    nonzero: [T::Count; LANES],
+}
+
+impl<T: Real> Sums<T> {
+    /// One weight for each lane. Every quantity has a loop of its own, which is what the compiler turns into vector instructions.
+    #[inline(always)]
+    fn add(&mut self, old: &[T; LANES], new: &[T; LANES], gradient: &[T; LANES]) {
+        for ((sum, new), old) in self.squares.iter_mut().zip(new).zip(old) {
+            let realised = new.wide() - old.wide();
+            *sum += realised * realised;
+        }
+        for ((count, new), old) in self.moved.iter_mut().zip(new).zip(old) {
+            T::count(count, new != old);
+        }
+        for (count, gradient) in self.nonzero.iter_mut().zip(gradient) {
+            T::count(count, *gradient != T::ZERO);
         }
     }
 }
@@ -375,7 +390,7 @@ fn check_perturb(
         let fits = if is_double(info) {
             scale.is_finite()
         } else {
-            f32::round(scale).is_finite()
+            f32::rounded(scale).is_finite()
         };
         if !fits {
             return Err(Error::arithmetic(
@@ -507,7 +522,7 @@ fn perturb_fused(
                     params: aten::slice_mut(theta, span),
                     gradients: aten::slice(g, span),
                     before: aten::slice_mut(kept, span),
-                    scale: f32::round(scale),
+                    scale: f32::rounded(scale),
                 })
             }
         };

@@ -44,10 +44,10 @@ impl<T: Real> Rounded<T> {
     /// Rounds after the subtraction, as torch does.
     fn of(settings: &Settings) -> Self {
         Self {
-            minus_lr: T::round(-settings.lr),
-            momentum: T::round(settings.momentum),
-            undamped: T::round(1.0 - settings.dampening),
-            weight_decay: T::round(settings.weight_decay),
+            minus_lr: T::rounded(-settings.lr),
+            momentum: T::rounded(settings.momentum),
+            undamped: T::rounded(1.0 - settings.dampening),
+            weight_decay: T::rounded(settings.weight_decay),
         }
     }
 }

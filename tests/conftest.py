@@ -16,11 +16,6 @@ hypothesis.settings.load_profile("igm")
 NO_CUDA = "needs a CUDA device, and torch sees none"
 
 
-def pytest_configure(config):
-    """Name the mark of what needs a GPU."""
-    config.addinivalue_line("markers", "cuda: runs on a CUDA device; skipped, and said so, where there is none")
-
-
 def pytest_runtest_setup(item):
     """Skip what needs a GPU where there is none."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """The oracle: the paper in plain PyTorch, one function for each equation, and Algorithm 1 built from them.
 
-Nothing here imports ``igm_rs``. Everything is written to be read beside the paper, not to be fast: float64 decompositions
-by ``torch.linalg.svd`` as printed, one tensor after the other, rows of features kept in plain lists.
+Nothing here imports ``igm_rs``. Everything is written to be read beside the paper, not to be fast: float64
+decompositions by ``torch.linalg.svd`` as printed, one tensor after the other, rows of features kept in plain lists.
 
 ==============================  ==============================================
 paper                           here
@@ -41,9 +41,10 @@ Steps outside any ``turn`` form implicit turns. ``run_algorithm1`` does the loop
 
 Conventions
 -----------
-Weights are (out, d), as PyTorch keeps them, so T acts from the right. ``rho`` and ``tau`` are numbers, mappings from modality
-to number, or functions: ``rho(modality, parameter)`` and ``tau(modality, layer)``. T⁽ᵏ⁾ is made with the tau of *its own*
-modality k. A layer is paired with the source's layer at the same position counted from the output, if their d is equal.
+Weights are (out, d), as PyTorch keeps them, so T acts from the right. ``rho`` and ``tau`` are numbers, mappings from
+modality to number, or functions: ``rho(modality, parameter)`` and ``tau(modality, layer)``. T⁽ᵏ⁾ is made with the tau
+of *its own* modality k. A layer is paired with the source's layer at the same position counted from the output, if
+their d is equal; a layer that both have is paired with itself.
 """
 
 import contextlib
@@ -102,7 +103,7 @@ def flat_projector(covariance, tau):
 
 
 def orthogonal_projector(projector, rows, alphas, normalise=False):
-    """Return P after P ← P − k kᵀ/(α + rᵀk), k = P r, for each row r in order (MLA); divided by ‖P‖_F if ``normalise``."""
+    """Return P after P ← P − k kᵀ/(α + rᵀk), k = P r, for each row r in order (MLA); ``normalise``: P ← P/‖P‖_F too."""
     projector = projector.to(torch.float64).clone()
     for row, alpha in zip(rows.to(torch.float64), alphas, strict=True):
         k = projector @ row
@@ -117,7 +118,7 @@ def orthogonal_projector(projector, rows, alphas, normalise=False):
 
 
 def projected_gradient(gradient, projector):
-    """Return ∇W T for a gradient of shape (out, d), in the gradient's dtype (Eqs. 5, 9; the paper keeps W transposed)."""
+    """Return ∇W T for a gradient of shape (out, d), in its dtype (Eqs. 5 and 9; the paper keeps W transposed)."""
     compute = projector.dtype if gradient.dtype in (torch.float16, torch.bfloat16) else gradient.dtype
     return (gradient.to(compute) @ projector.to(compute)).to(gradient.dtype)
 
@@ -188,8 +189,8 @@ def source_names(active, names, sources):
 def schedule(names, rounds, inner_iters, alternate=False):
     """Yield (round, modality, index of the batch, is it the last of its turn) for every step of a whole run.
 
-    In turns (Algorithm 1): for each round, for each modality, ``inner_iters`` batches. With ``alternate`` the modalities
-    take turns batch by batch, as MLA does, and there are no turns to end.
+    In turns (Algorithm 1): for each round, for each modality, ``inner_iters`` batches. With ``alternate`` the
+    modalities change batch by batch, as in MLA, and there are no turns to end.
     """
     for i in range(rounds):
         batches = range(i * inner_iters, (i + 1) * inner_iters)
@@ -229,8 +230,8 @@ class Algorithm1:
     projector : "flat" or "orthogonal"
         T of Eq. (4), or the recursion of the MLA paper, whose P belongs to the layer and not to the modality.
     alpha, batches, normalise
-        Of the recursion: α = alpha^(1 + batch/batches), or ``alpha`` itself if ``batches`` is None; ``batch`` counts the rows
-        that the modality has brought to the layer, modulo ``batches``.
+        Of the recursion: α = alpha^(1 + batch/batches), or ``alpha`` itself if ``batches`` is None; ``batch`` counts
+        the rows that the modality has brought to the layer, modulo ``batches``.
     """
 
     def __init__(self, modalities, base, heads=None, *, rho=0.05, tau=0.4, sources="previous", features="mean",
@@ -471,7 +472,9 @@ def _value(setting, modality, what):
     return setting[modality] if isinstance(setting, dict) else setting
 
 
-def run_algorithm1(model_parts, data, loss, rounds, inner_iters, base_factory, *, alternate=False, after=None, **options):
+def run_algorithm1(
+    model_parts, data, loss, rounds, inner_iters, base_factory, *, alternate=False, after=None, **options
+):
     """Run Algorithm 1 as a whole and return the :class:`Algorithm1` that did it.
 
     Parameters

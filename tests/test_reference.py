@@ -32,6 +32,11 @@ def test_oracle_does_not_use_the_package():
     assert imported == {"contextlib", "torch"}
 
 
+def half_square(theta):
+    """Return the loss L = θ²/2."""
+    return lambda: theta.square().sum() / 2
+
+
 # -- Eq. (2) ----------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +121,7 @@ def test_sam_gradient_of_one_parameter_by_hand():
     # L = θ²/2 at θ = 2: g = 2, ε* = 0.05, ∇L(θ + ε*) = 2.05, L(θ + ε*) = 2.05²/2.
     theta = nn.Parameter(torch.tensor([2.0], dtype=F64))
     place = theta.data_ptr()
-    (gradient,), value = paper.sam_gradient(lambda: (theta**2 / 2).sum(), [theta], 0.05)
+    (gradient,), value = paper.sam_gradient(half_square(theta), [theta], 0.05)
     assert gradient.item() == 2.05
     assert value == 2.05**2 / 2
     assert theta.item() == 2.0
@@ -127,7 +132,7 @@ def test_sam_step_of_one_parameter_by_hand():
     # θ ← 2 − 0.1 · 2.05 in one turn of one modality with nothing projected.
     theta = nn.Parameter(torch.tensor([2.0], dtype=F64))
     oracle = paper.Algorithm1({"only": [theta]}, torch.optim.SGD([theta], lr=0.1), rho=0.05)
-    assert oracle.step("only", lambda: (theta**2 / 2).sum()) == 2.0
+    assert oracle.step("only", half_square(theta)) == 2.0
     near(theta.detach(), torch.tensor([1.795], dtype=F64))
     assert oracle.losses == [(2.0, 2.05**2 / 2)]
 
@@ -346,7 +351,7 @@ def test_orthogonal_projector_belongs_to_the_layer():
         alpha=0.1,
         batches=2,
     )
-    rows = {"a": [matrix([1, 0]), matrix([1, 1]), matrix([0, 3])], "v": [matrix([0, 2]), matrix([2, 1]), matrix([1, 1])]}
+    rows = {"a": matrix([1, 0], [1, 1], [0, 3]).split(1), "v": matrix([0, 2], [2, 1], [1, 1]).split(1)}
     for i in range(3):
         for name in "av":
             oracle.step(name, lambda z=rows[name][i]: head(z).square().sum())

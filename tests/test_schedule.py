@@ -97,7 +97,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "fragments"), ERRORS)
+@pytest.mark.parametrize(("call", "error", "fragments"), ERRORS, ids=[" ".join(row[2]) for row in ERRORS])
 def test_errors_name_argument_value_and_what_is_expected(call, error, fragments):
     with pytest.raises(error) as caught:
         call()

@@ -7,7 +7,18 @@ from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-__all__ = ["choice", "names", "non_negative", "per_modality", "positive", "positive_integer"]
+__all__ = [
+    "choice",
+    "flag",
+    "life",
+    "names",
+    "non_negative",
+    "per_modality",
+    "positive",
+    "positive_integer",
+    "refresh_rule",
+    "share",
+]
 
 
 def non_negative(argument: str, value: Any) -> float:
@@ -60,6 +71,40 @@ def per_modality(argument: str, value: Any, modalities: Collection[str]) -> dict
     if missing:
         raise ValueError(f"{argument} has no value for {missing[0]!r}, expected one for each of {list(modalities)}")
     return {name: non_negative(f"{argument}[{name!r}]", value[name]) for name in modalities}
+
+
+def share(argument: str, value: Any) -> float:
+    """Return `value` as a float in [0, 1]; TypeError or ValueError naming `argument` otherwise."""
+    number = non_negative(argument, value)
+    if number > 1:
+        raise ValueError(f"{argument} is {value!r}, expected a share in [0, 1]")
+    return number
+
+
+def flag(argument: str, value: Any) -> bool:
+    """Return `value` if it is True or False; TypeError naming `argument` otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected True or False")
+    return value
+
+
+def life(covariance: Any, projector: str) -> float:
+    """Return how much of Ȳ lives on into the next turn: 0 for "fresh", 1 for "kept", or the factor itself."""
+    if isinstance(covariance, str):
+        return {"fresh": 0.0, "kept": 1.0}[choice("covariance", covariance, ("fresh", "kept"))]
+    factor = positive("covariance", covariance)
+    if factor >= 1:
+        raise ValueError(f"covariance is {covariance!r}, expected 'fresh', 'kept' or a factor in (0, 1)")
+    if projector == "orthogonal":
+        raise ValueError(f"covariance is {covariance!r} with projector='orthogonal', expected 'fresh' or 'kept'")
+    return factor
+
+
+def refresh_rule(refresh: Any) -> str | int:
+    """Return `refresh` if it is "turn", "manual" or an integer >= 1."""
+    if isinstance(refresh, str):
+        return choice("refresh", refresh, ("turn", "manual"))
+    return positive_integer("refresh", refresh)
 
 
 def _real(argument: str, value: Any) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._modalities import Modalities
 
@@ -145,7 +146,9 @@ def _leaves(root: nn.Module, model: nn.Module | None, label: str) -> Iterator[tu
     """Yield the modules below `root` that hold parameters themselves, named as in `model` where it is known."""
     known = {} if model is None else {module: name for name, module in model.named_modules()}
     for name, module in root.named_modules():
-        if any(True for _ in module.parameters(recurse=False)) or _parametrised(module):
+        if "parametrizations" in name.split("."):
+            continue
+        if any(True for _ in module.parameters(recurse=False)) or is_parametrized(module):
             yield known.get(module) or (f"{label}.{name}" if name else label), module
 
 
@@ -169,12 +172,9 @@ def _linear(name: str, module: nn.Module, where: str) -> Layer:
             f"{where} takes in layer {name!r}, a {type(module).__name__}, which cannot be projected: "
             "expected nn.Linear with known sizes (norm layers are passed over)"
         )
-    if _parametrised(module):
+    if is_parametrized(module):
         raise ValueError(f"{where} takes in layer {name!r} with a parametrised weight, expected a plain nn.Linear")
     if not module.weight.requires_grad:
         raise ValueError(f"{where} takes in layer {name!r} whose weight is frozen, expected requires_grad=True")
     return Layer(name, module)
 
-
-def _parametrised(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and "weight" not in module._parameters

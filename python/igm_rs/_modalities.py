@@ -85,8 +85,7 @@ class Modalities:
             for parameter in members:
                 times[parameter] = times.get(parameter, 0) + 1
         self.own = {
-            name: [parameter for parameter in members if times[parameter] == 1]
-            for name, members in self.listed.items()
+            name: [parameter for parameter in members if times[parameter] == 1] for name, members in self.listed.items()
         }
         self.active: dict[str, list[tuple[Group, list[torch.Tensor]]]] = {}
         self.inactive: dict[str, list[torch.Tensor]] = {}
@@ -122,16 +121,16 @@ class Modalities:
         self.modules[name] = []
         self.listed[name] = {}
         if isinstance(members, (nn.Module, torch.Tensor, str)):
-            self._member(name, members, label, held)
+            self._member(name, members, label, name, held)
             return
         if not isinstance(members, Iterable):
             raise TypeError(f"{label} is a {type(members).__name__}, expected modules, parameters or name prefixes")
         for position, member in enumerate(members):
-            self._member(name, member, f"{label}[{position}]", held)
+            self._member(name, member, f"{label}[{position}]", f"{name}.{position}", held)
 
-    def _member(self, name: str, member: Any, label: str, held: set[torch.Tensor]) -> None:
+    def _member(self, name: str, member: Any, label: str, path: str, held: set[torch.Tensor]) -> None:
         if isinstance(member, nn.Module):
-            self.modules[name].append((label, member))
+            self.modules[name].append((path, member))
             self._add(name, self._of_module(member, label), held)
         elif isinstance(member, torch.Tensor):
             self._add(name, [(self._known.get(member, label), member)], held)

@@ -76,9 +76,7 @@ class Projection:
             for name, mine in self.layers.items()
         }
         self.made: dict[str, dict[str, _Made]] = {name: {} for name in self.layers}
-        self.recursions = {
-            layer.name: _Recursion() for mine in self.layers.values() for layer in mine if only_rows
-        }
+        self.recursions = {layer.name: _Recursion() for mine in self.layers.values() for layer in mine if only_rows}
         self.failures = 0
         self._ready: dict[str, tuple[list[Layer], list[torch.Tensor]]] = {}
 

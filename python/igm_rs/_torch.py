@@ -23,7 +23,9 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    raise ImportError(f"igm_rs needs torch {_wanted()}, and no torch is installed: pip install torch=={_wanted()}") from None
+    raise ImportError(
+        f"igm_rs needs torch {_wanted()}, and no torch is installed: pip install torch=={_wanted()}"
+    ) from None
 
 from . import _igm_rs  # noqa: E402  (raises ImportError naming both versions for another torch)
 

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from . import _checks, _igm_rs
+from ._base import base_optimizer, check_group, step_without_hooks
 from ._features import FeatureTap
 from ._layers import Layer, head_layers, scope_layers
 from ._modalities import Modalities, parameter_names
 from ._projection import Projection, ProjectionOptions
 from ._sgd import FusedSGD
 from ._turns import Counters
-from .stats import StepStats, difference, effective_rank, number, ratio
+from .stats import StepStats, effective_perturbation, step_stats
 
 __all__ = ["IGMOptimizer"]
 
@@ -150,27 +151,24 @@ class IGMOptimizer(torch.optim.Optimizer):
         self._options = ProjectionOptions(
             projector=_checks.choice("projector", projector, ("flat", "orthogonal")),
             features=_checks.choice("features", features, ("mean", "samples", "centred")),
-            life=_life(covariance, projector),
+            life=_checks.life(covariance, projector),
             route=_checks.choice("route", route, ("auto", "eigh", "svd")),
             alpha=_checks.positive("alpha", alpha),
             batches=None if batches is None else _checks.positive_integer("batches", batches),
-            normalise=_flag("normalise", normalise),
+            normalise=_checks.flag("normalise", normalise),
         )
-        self._refresh = _refresh_rule(refresh)
+        self._refresh = _checks.refresh_rule(refresh)
         self._project_update = _checks.choice("project", project, ("gradient", "update")) == "update"
         self._reset = _checks.names("reset", reset, ("momentum", "lr"))
         if sum(given is not None for given in (heads, head, scope)) > 1:
             raise ValueError("heads, head and scope are given together, expected at most one of them")
 
-        ready = _base_optimizer(params, base, base_kwargs)
+        ready = base_optimizer(params, base, base_kwargs)
         super().__init__(ready.param_groups, ready.defaults)
         self._share(ready)
         self._modalities = Modalities(modalities, self.param_groups, parameter_names(self.param_groups, model))
         if scope is not None:
-            share = _checks.non_negative("scope", scope)
-            if share > 1:
-                raise ValueError(f"scope is {scope!r}, expected a share in [0, 1]")
-            layers = scope_layers(self._modalities, share, model)
+            layers = scope_layers(self._modalities, _checks.share("scope", scope), model)
         else:
             layers = head_layers(self._modalities, heads, head, model)
         self._modalities.index(self.param_groups)
@@ -234,7 +232,11 @@ class IGMOptimizer(torch.optim.Optimizer):
         """Ȳ by modality and layer, (d, d), float64 on the CPU, as gathered so far; absent before the first row."""
         centred = self._options.features == "centred"
         return {
-            name: {layer: value for layer, turns in mine.items() if (value := turns.all().value(centred=centred)) is not None}
+            name: {
+                layer: value
+                for layer, turns in mine.items()
+                if (value := turns.all().value(centred=centred)) is not None
+            }
             for name, mine in self._projection.covariances.items()
         }
 
@@ -308,7 +310,6 @@ class IGMOptimizer(torch.optim.Optimizer):
         if self._turn is not None:
             raise RuntimeError(f"turn({name!r}) inside turn({self._turn!r}): leave the one before the other begins")
         self._refuse_perturbed("turn")
-        self._tap.drop()
         if not (self._counters.open == name and self._counters.explicit):
             self._leave()
             self._counters.started[name] = False
@@ -678,9 +679,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         hidden = [(p, p.grad) for p in self._modalities.inactive[active] if p.grad is not None]
         for p, _ in hidden:
             p.grad = None
-        step = type(self._base).step
         try:
-            getattr(step, "__wrapped__", step)(self._base) if getattr(step, "hooked", False) else step(self._base)
+            step_without_hooks(self._base)
         finally:
             for p, gradient in hidden:
                 p.grad = gradient
@@ -748,11 +748,11 @@ class IGMOptimizer(torch.optim.Optimizer):
     def _make_projector(self, modality: str) -> None:
         """T of `modality` from its Ȳ (Eq. 4); RuntimeError where steps were taken and a layer saw no features."""
         unseen = self._projection.unseen(modality) if self._counters.since[modality] else []
-        needed = any(modality in listed for listed in self._projection.sources.values())
         tau = {layer.name: self._tau_of(layer, modality) for layer in self._projection.layers[modality]}
+        needed = any(modality in listed for listed in self._projection.sources.values())
         self._projection.refresh(modality, tau)
         steps, self._counters.since[modality] = self._counters.since[modality], 0
-        if unseen and needed:
+        if needed and any(tau[layer.name] > 0 for layer in unseen):
             raise RuntimeError(
                 f"{modality!r} took {steps} steps and its projected layer {unseen[0]} saw no features, so its projector "
                 "cannot be made: expected the layer's own forward to be called, in training mode, in each first pass"
@@ -776,50 +776,23 @@ class IGMOptimizer(torch.optim.Optimizer):
 
     def _tell(self, active: str, figures: dict[str, Any], *, skipped: bool) -> None:
         """Prepare ``last_stats``: everything stays on its device until it is looked at."""
-        counters = self._counters
-        sources = self._projection.sources[active]
-        spectra = {} if skipped else self._projection.spectra_for(active)
-        names = figures.get("layers", [])
-        for key in ("loss", "loss_perturbed"):
-            value = figures.get(key)
-            if isinstance(value, torch.Tensor):
-                figures[key] = value.detach() if value.numel() == 1 else None
-            elif not isinstance(value, (int, float)):
-                figures[key] = None
-
-        def projected() -> dict[str, dict[str, float]]:
-            rows = figures["projected"].tolist() if names else []
-            return {
-                name: dict(zip(("norm_before", "norm_after", "cosine"), row, strict=True))
-                for name, row in zip(names, rows, strict=True)
-            }
-
         constants = {
             "active": active,
-            "sources": list(sources),
-            "turn": counters.turns,
+            "sources": list(self._projection.sources[active]),
+            "turn": self._counters.turns,
             "round": self.round,
-            "step": counters.steps,
+            "step": self._counters.steps,
             "skipped": skipped,
-            "skipped_steps": counters.skipped,
+            "skipped_steps": self._counters.skipped,
         }
-        entries: dict[str, Callable[[], Any]] = {key: lambda value=value: value for key, value in constants.items()}
-        for key in ("loss", "loss_perturbed", "grad_norm", "grad_norm_perturbed"):
-            entries[key] = lambda key=key: number(figures.get(key))
-        entries["sharpness"] = lambda: difference(number(figures.get("loss_perturbed")), number(figures.get("loss")))
-        entries["effective_perturbation"] = lambda: _effective(figures)[0]
-        entries["moved"] = lambda: _effective(figures)[1]
-        entries["projected"] = projected
-        entries["lambda_max"] = lambda: {name: float(values.max()) for name, values in spectra.items()}
-        entries["lambda_min"] = lambda: {name: float(values.min()) for name, values in spectra.items()}
-        entries["effective_rank"] = lambda: {name: effective_rank(values) for name, values in spectra.items()}
-        self._last_stats = StepStats(entries)
+        spectra = {} if skipped else self._projection.spectra_for(active)
+        self._last_stats = step_stats(constants, figures, spectra)
 
     def _judge_perturbation(self, figures: dict[str, Any], rhos: list[float]) -> None:
         """Warn once where the dtype swallows most of the perturbation (method.md §7)."""
         if "perturbation" in self._warned or figures.get("perturbation") is None:
             return
-        length, moved = _effective(figures)
+        length, moved = effective_perturbation(figures)
         if figures["perturbation"].device.type != "cpu":
             self._warned.add("perturbation")  # looked at once: the next look would wait for the device again
         if moved is not None and length is not None and min(length, moved) < _NOTICEABLE:
@@ -851,7 +824,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         if "_base" not in self.__dict__:
             super().add_param_group(param_group)
             return
-        _check_group(param_group)
+        check_group(param_group)
         self._base.add_param_group(param_group)
         self._modalities.index(self.param_groups)
         self._initial_lr.append(self.param_groups[-1].get("lr"))
@@ -931,60 +904,7 @@ class IGMOptimizer(torch.optim.Optimizer):
 
     def _check_groups(self) -> None:
         for group in self.param_groups:
-            _check_group(group)
-
-
-def _base_optimizer(
-    params: Any, base: type[torch.optim.Optimizer] | None, base_kwargs: dict[str, Any]
-) -> torch.optim.Optimizer:
-    """Return the base optimizer: `params` itself, or an instance of `base` made from it."""
-    if isinstance(params, torch.optim.Optimizer):
-        if base is not None or base_kwargs:
-            given = ", ".join((["base"] if base is not None else []) + list(base_kwargs))
-            raise TypeError(f"{given} given with a ready base optimizer, expected these in the optimizer itself")
-        ready = params
-    else:
-        kind = torch.optim.SGD if base is None else base
-        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            raise TypeError(f"base is {kind!r}, expected a class of torch.optim.Optimizer")
-        ready = kind(params, **base_kwargs)
-    if isinstance(ready, (IGMOptimizer, torch.optim.LBFGS)):
-        raise TypeError(
-            f"the base optimizer is a {type(ready).__name__}, expected one whose step() takes gradients as they are, "
-            "such as torch.optim.SGD or AdamW"
-        )
-    return ready
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    for key in ("rho", "tau", "lr"):
-        value = group.get(key)
-        if value is not None:
-            _checks.non_negative(f"{key} of a parameter group", value.item() if isinstance(value, torch.Tensor) else value)
-
-
-def _life(covariance: Any, projector: str) -> float:
-    """How much of Ȳ lives on into the next turn: 0 fresh, 1 kept, or the factor itself."""
-    if isinstance(covariance, str):
-        return {"fresh": 0.0, "kept": 1.0}[_checks.choice("covariance", covariance, ("fresh", "kept"))]
-    factor = _checks.positive("covariance", covariance)
-    if factor >= 1:
-        raise ValueError(f"covariance is {covariance!r}, expected 'fresh', 'kept' or a factor in (0, 1)")
-    if projector == "orthogonal":
-        raise ValueError(f"covariance is {covariance!r} with projector='orthogonal', expected 'fresh' or 'kept'")
-    return factor
-
-
-def _refresh_rule(refresh: Any) -> str | int:
-    if isinstance(refresh, str):
-        return _checks.choice("refresh", refresh, ("turn", "manual"))
-    return _checks.positive_integer("refresh", refresh)
-
-
-def _flag(argument: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected True or False")
-    return value
+            check_group(group)
 
 
 def _finite(norm: torch.Tensor) -> bool:
@@ -992,14 +912,5 @@ def _finite(norm: torch.Tensor) -> bool:
 
 
 def _usable(*norms: torch.Tensor) -> bool:
-    """Whether a step can be taken: each gradient norm finite and not zero. Waits for the device where it is not the CPU."""
+    """Whether a step can be taken: each gradient norm finite and not zero. Waits for the device of the norms."""
     return all(math.isfinite(value) and value > 0 for value in map(float, norms))
-
-
-def _effective(figures: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """‖realised ε‖/‖ε*‖ and the share of weights with a gradient that moved, None where there was no perturbation."""
-    measured = figures.get("perturbation")
-    if measured is None:
-        return None, None
-    realised, intended, moved, with_gradient = measured.tolist()
-    return ratio(realised, intended), ratio(moved, with_gradient)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-__all__ = ["StepStats"]
+__all__ = ["StepStats", "effective_perturbation", "effective_rank", "step_stats"]
 
 
 class StepStats(Mapping[str, Any]):
@@ -52,21 +53,46 @@ class StepStats(Mapping[str, Any]):
         return f"{type(self).__name__}({dict(self)!r})"
 
 
-def number(value: Any) -> float | None:
-    """Return a tensor of one element or a number as a float, None as None."""
-    if value is None:
-        return None
-    return float(value.item() if isinstance(value, torch.Tensor) else value)
+def step_stats(constants: Mapping[str, Any], figures: dict[str, Any], spectra: Mapping[str, torch.Tensor]) -> StepStats:
+    """Return the stats of a step from what is known at once, what the step has noted, and the spectra behind its T's.
+
+    `figures` is read when an entry is looked at; losses in it are detached from their graph now.
+    """
+    for key in ("loss", "loss_perturbed"):
+        value = figures.get(key)
+        if isinstance(value, torch.Tensor):
+            figures[key] = value.detach() if value.numel() == 1 else None
+        elif not isinstance(value, (int, float)):
+            figures[key] = None
+    names = figures.get("layers", [])
+
+    def projected() -> dict[str, dict[str, float]]:
+        rows = figures["projected"].tolist() if names else []
+        return {
+            name: dict(zip(("norm_before", "norm_after", "cosine"), row, strict=True))
+            for name, row in zip(names, rows, strict=True)
+        }
+
+    entries: dict[str, Callable[[], Any]] = {key: partial(_same, value) for key, value in constants.items()}
+    for key in ("loss", "loss_perturbed", "grad_norm", "grad_norm_perturbed"):
+        entries[key] = partial(_number, figures, key)
+    entries["sharpness"] = lambda: _difference(_number(figures, "loss_perturbed"), _number(figures, "loss"))
+    entries["effective_perturbation"] = lambda: effective_perturbation(figures)[0]
+    entries["moved"] = lambda: effective_perturbation(figures)[1]
+    entries["projected"] = projected
+    entries["lambda_max"] = lambda: {name: float(values.max()) for name, values in spectra.items()}
+    entries["lambda_min"] = lambda: {name: float(values.min()) for name, values in spectra.items()}
+    entries["effective_rank"] = lambda: {name: effective_rank(values) for name, values in spectra.items()}
+    return StepStats(entries)
 
 
-def ratio(above: float | None, below: float | None) -> float | None:
-    """Return above / below, None where either is missing or `below` is zero."""
-    return None if above is None or not below else above / below
-
-
-def difference(above: float | None, below: float | None) -> float | None:
-    """Return above − below, None where either is missing."""
-    return None if above is None or below is None else above - below
+def effective_perturbation(figures: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Return ‖realised ε‖/‖ε*‖ and the share of weights with a gradient that moved; None without a perturbation."""
+    measured = figures.get("perturbation")
+    if measured is None:
+        return None, None
+    realised, intended, moved, with_gradient = measured.tolist()
+    return _ratio(realised, intended), _ratio(moved, with_gradient)
 
 
 def effective_rank(singular_values: torch.Tensor) -> float:
@@ -74,3 +100,20 @@ def effective_rank(singular_values: torch.Tensor) -> float:
     values = [value for value in singular_values.tolist() if value > 0]
     total = sum(values)
     return math.exp(-sum(value / total * math.log(value / total) for value in values)) if total > 0 else 0.0
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _number(figures: Mapping[str, Any], key: str) -> float | None:
+    value = figures.get(key)
+    return None if value is None else float(value)
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below else None
+
+
+def _difference(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above - below

@@ -79,6 +79,12 @@ class DataSet:
     test_openings: int = 0
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Number of examples in each split; asking does not open the test split."""
+        parts = {"train": self.train, "validation": self.validation, "test": self._test}
+        return {name: len(part) for name, part in parts.items() if part is not None}
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         """Names of the modalities, in the order of training."""
         return tuple(self.train.inputs)
@@ -145,7 +151,8 @@ def standardise(values: Floats, training: npt.NDArray[np.bool_]) -> Floats:
     seen = values[training].astype(np.float64)
     mean = seen.mean(axes, keepdims=True)
     deviation = seen.std(axes, keepdims=True)
-    return ((values - mean) / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
+    scaled: Floats = ((values - mean) / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
+    return scaled
 
 
 def load(name: str, folder: Path) -> DataSet:
@@ -176,10 +183,10 @@ def _load_watch(folder: Path) -> DataSet:
     arrays = _read(path, {"X": 2, "n": 1, "y": 1, "subject": 1})
     lengths = arrays["n"].astype(np.int64)
     _expect(arrays["X"].shape[1] == 6, path, f"X has {arrays['X'].shape[1]} columns, expected 6")
-    _expect(int(lengths.sum()) == len(arrays["X"]), path, f"n adds up to {lengths.sum()}, X has {len(arrays['X'])} rows")
-    _expect(
-        len(arrays["y"]) == len(lengths) == len(arrays["subject"]), path, "n, y and subject differ in length, expected one entry a series"
-    )
+    readings = len(arrays["X"])
+    _expect(int(lengths.sum()) == readings, path, f"n adds up to {lengths.sum()}, X has {readings} rows")
+    counts = [len(arrays[name]) for name in ("n", "y", "subject")]
+    _expect(len(set(counts)) == 1, path, f"n, y and subject have {counts} entries, expected one for each series")
     _expect(bool((lengths >= WINDOW).any()), path, f"no series has {WINDOW} readings")
     cut, series = windows(arrays["X"].astype(np.float32), lengths)
     person = arrays["subject"].astype(np.int64)[series]
@@ -187,7 +194,8 @@ def _load_watch(folder: Path) -> DataSet:
     training = ~(validation | test)
     views = {"accelerometer": cut[:, :3], "gyroscope": cut[:, 3:]}
     labels = arrays["y"].astype(np.int64)[series]
-    return _assemble("watch", "watch: exercises of unseen people", path, views, labels, person, (training, validation, test))
+    masks = (training, validation, test)
+    return _assemble("watch", "watch: exercises of unseen people", path, views, labels, person, masks)
 
 
 def _load_mfeat(folder: Path) -> DataSet:
@@ -199,7 +207,8 @@ def _load_mfeat(folder: Path) -> DataSet:
     for view in views:
         _expect(len(arrays[view]) == len(labels), path, f"{view} has {len(arrays[view])} rows, y has {len(labels)}")
     counts = np.bincount(labels)
-    _expect(bool((counts == sum(CLASS_SHARES)).all()), path, f"classes have {counts.tolist()} examples, expected 200 each")
+    enough = bool((counts == sum(CLASS_SHARES)).all())
+    _expect(enough, path, f"classes have {counts.tolist()} examples, expected {sum(CLASS_SHARES)} each")
     part = np.empty(len(labels), dtype=np.int64)
     draw = np.random.default_rng(MFEAT_SEED)
     for digit in range(len(counts)):
@@ -247,7 +256,7 @@ def _read(path: Path, dimensions: Mapping[str, int]) -> dict[str, Array]:
             "(the repository ships it in data/)"
         )
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in dimensions if name not in archive]
             arrays = {name: archive[name] for name in dimensions if name in archive}
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
@@ -267,4 +276,4 @@ def _expect(holds: bool, path: Path, reason: str) -> None:
 
 def _foreign(path: Path, reason: str) -> ValueError:
     """Return the error for an archive that is not the one that ships with the repository."""
-    return ValueError(f"data file {path} is not the expected one: {reason}; restore the copy that the repository ships in data/")
+    return ValueError(f"data file {path} is not the expected one: {reason}; take the copy in the repository's data/")

@@ -6,6 +6,7 @@ import concurrent.futures
 import multiprocessing
 import queue as queues
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,18 @@ from .training import Point, train
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
-__all__ = ["DEFAULT_RATE", "LEARNING_RATES", "TUNING_SEEDS", "Choice", "Job", "Outcome", "choose", "run_all", "run_job"]
+__all__ = [
+    "DEFAULT_RATE",
+    "LEARNING_RATES",
+    "TUNING_SEEDS",
+    "Choice",
+    "Job",
+    "Outcome",
+    "ProcessLostError",
+    "choose",
+    "run_all",
+    "run_job",
+]
 
 LEARNING_RATES = (0.02, 0.05, 0.1)
 """The grid, the same for every row of a table."""
@@ -33,6 +45,10 @@ DEFAULT_RATE = 0.05
 
 TUNING_SEEDS = (1000, 1001)
 """Seeds of the runs that choose settings; the final runs use 0, 1, 2, …"""
+
+
+class ProcessLostError(RuntimeError):
+    """A process that did runs is gone."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +124,8 @@ class Outcome:
     temperatures: dict[str, float]
 
 
-Told = tuple[int, str, int, float, float]
-"""Progress: gradient steps since last time, label, seed, loss, validation accuracy."""
+Told = tuple[int, str, int, float, float | None]
+"""Progress: gradient steps since last time, label, seed, loss, validation accuracy once there is one."""
 
 
 def run_job(job: Job, data: DataSet, tell: Callable[[Told], None]) -> Outcome:
@@ -195,14 +211,15 @@ def run_all(jobs: Sequence[Job], folder: Path, workers: int, what: str) -> list[
 
     Raises
     ------
-    RuntimeError
+    ProcessLostError
         If a process dies, for instance for want of memory.
     """
     with tqdm(total=sum(job.steps for job in jobs), desc=what, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
 
         def show(told: Told) -> None:
             steps, label, seed, loss, right = told
-            bar.set_postfix_str(f"{label}, seed {seed}, loss {loss:.3f}, validation {right:.1%}", refresh=False)
+            seen = "" if right is None else f", validation {right:.1%}"
+            bar.set_postfix_str(f"{label}, seed {seed}, loss {loss:.3f}{seen}", refresh=False)
             bar.update(steps)
 
         if workers == 1:
@@ -235,9 +252,8 @@ def _run_beside(jobs: Sequence[Job], folder: Path, workers: int, show: Callable[
                     future.result()
                 _drain(told, show)
         except concurrent.futures.process.BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process of the demonstration ended before its run did, most likely for want of memory: "
-                "try again with --workers 1"
+            raise ProcessLostError(
+                "a process ended before its run did, most likely for want of memory: try again with --workers 1"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -253,11 +269,9 @@ def _passes(job: Job) -> int:
 
 def _drain(told: Queue[Told], show: Callable[[Told], None]) -> None:
     """Show what the processes have sent by now."""
-    while True:
-        try:
+    with suppress(queues.Empty):
+        while True:
             show(told.get_nowait())
-        except queues.Empty:
-            return
 
 
 _queue: list[Any] = []

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from .networks import Branches
 
 __all__ = ["Point", "Trained", "batch_stream", "train"]
 
-Report = Callable[[int, float, float], None]
-"""Called with the gradient steps done since the last call, the last loss, and the last validation accuracy."""
+Report = Callable[[int, float, float | None], None]
+"""Called with the gradient steps done since the last call, the last loss, and the last validation accuracy if any."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,14 @@ def batch_stream(examples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
             yield order[start : start + size]
 
 
-def train(data: DataSet, row: Row, settings: Settings, seed: int, keep: int | None = None, report: Report | None = None) -> Trained:
+def train(
+    data: DataSet,
+    row: Row,
+    settings: Settings,
+    seed: int,
+    keep: int | None = None,
+    report: Report | None = None,
+) -> Trained:
     """Train one row of the table on the training split, watched on the validation split. The test split is not used.
 
     Parameters
@@ -144,9 +152,10 @@ def train(data: DataSet, row: Row, settings: Settings, seed: int, keep: int | No
     names, examples = row.modalities, len(data.train)
     model = Branches.of(data, names, shared_head=row.method.orthogonal, seed=seed)
     optimizer = make_optimizer(row, model, settings, max(1, examples // settings.batch_size))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 0.5 * (1 + math.cos(math.pi * done / len(lengths))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_half_cosine, len(lengths)))
     streams = {name: batch_stream(examples, settings.batch_size, seed) for name in names}
-    witness, curve, kept = _Witness(), [], None
+    witness, kept = _Witness(), None
+    curve: list[Point] = []
     seconds, done = 0.0, 0
     for number, length in enumerate(lengths, start=1):
         losses: list[Tensor] = []
@@ -161,7 +170,7 @@ def train(data: DataSet, row: Row, settings: Settings, seed: int, keep: int | No
             steps = sum(map(len, turn))
             done += steps
             if report is not None:
-                report(steps, float(losses[-1]), curve[-1].fused if curve else 0.0)
+                report(steps, float(losses[-1]), curve[-1].fused if curve else None)
         schedule.step()
         curve.append(_watch(model, data, sum(lengths[:number]), float(torch.stack(losses).mean())))
         if number == keep:
@@ -177,6 +186,11 @@ def train(data: DataSet, row: Row, settings: Settings, seed: int, keep: int | No
         cosine=_mean(witness.cosines),
         effective_perturbation=_mean(witness.perturbations),
     )
+
+
+def _half_cosine(rounds: int, done: int) -> float:
+    """Return the factor of the learning rate after `done` of all rounds, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * done / rounds))
 
 
 Active = tuple[str, ...]
@@ -212,7 +226,8 @@ def _step(model: Branches, optimizer: torch.optim.Optimizer, active: Active, cho
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    return torch.as_tensor(optimizer.step(closure)).detach()
+    loss: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]  # torch's stub has a float here
+    return loss.detach()
 
 
 def _watch(model: Branches, data: DataSet, steps: int, loss: float) -> Point:

@@ -1,0 +1,62 @@
+"""The rules of the comparison in words, as they are printed above the tables and kept with the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .methods import RHO, TAU, Settings
+
+__all__ = ["protocol"]
+
+
+def protocol(settings: Settings, seeds: int, workers: int, rates: Sequence[float], tuning_seeds: int) -> list[str]:
+    """Say how the comparison is made.
+
+    Parameters
+    ----------
+    settings : Settings
+        Common to all rows, but for the learning rate where that is chosen.
+    seeds, workers : int
+        Final runs of every row; runs side by side.
+    rates : sequence of float
+        The grid of learning rates; empty if nothing is tuned.
+    tuning_seeds : int
+        Runs of every row and learning rate that choose the settings.
+
+    Returns
+    -------
+    list of str
+        One paragraph an entry.
+    """
+    budget = (
+        f"Budget: each modality gets {settings.steps} gradient steps of {settings.batch_size} examples in every "
+        "method, its i-th step always on the same examples, from the same initial encoder. A step of joint training is "
+        "a step of every modality. The second pass of SAM belongs to its step: it is not counted, but its time is. "
+        f"ms/step is wall time over the steps of all modalities, on one thread, with up to {workers} runs side by side."
+    )
+    methods = (
+        f"Methods: SGD with momentum {settings.momentum:g} and weight decay {settings.weight_decay:g}, learning rate "
+        f"on half a cosine; turns of {settings.turn_steps} batches; SAM with ρ = {RHO:g}; flat projection with "
+        f"τ = {TAU:g} in the three-layer head of each modality; MLA with one linear head for all modalities, which "
+        "take each batch one after another, and its orthogonal projection."
+    )
+    if rates:
+        grid = ", ".join(f"{rate:g}" for rate in rates)
+        choice = (
+            f"Choice: learning rate (of {grid}) and round are chosen for each row by the validation accuracy of its "
+            f"fused prediction (sum of logits), mean over {tuning_seeds} seeds that the final runs do not use. These "
+            "runs hold no test data. A final run opens the test split once, after training and calibration."
+        )
+    else:
+        choice = (
+            f"Choice: none. Every row has learning rate {settings.learning_rate:g} and keeps the weights of the last "
+            "round. A run opens the test split once, after training and calibration."
+        )
+    columns = (
+        f"Columns: test accuracy and macro-F1 in percent, mean ± standard deviation over {seeds} seeds, of each "
+        "modality's branch and of three fusions: the mean of the softmax outputs; the sum of the logits, which is what "
+        "joint training optimises; the calibrated product, whose temperatures are fitted on validation. The column "
+        '"vs joint" is the accuracy minus that of joint training, both calibrated, seed by seed, ± its 95 % interval, '
+        "in percentage points."
+    )
+    return [budget, methods, choice, columns]
