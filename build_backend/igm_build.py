@@ -86,7 +86,12 @@ def build_environment(*, torch: bool = True) -> Iterator[None]:
         if torch:
             os.environ["LIBTORCH_USE_PYTORCH"] = str(torch_path())
         os.environ["PATH"] = os.pathsep.join([directory, *_maturin_directories(), before.get("PATH", os.defpath)])
+        # As maturin sets them, so that cargo on its own does not compile pyo3 again, and maturin a third time.
         os.environ["PYO3_PYTHON"] = sys.executable
+        bits = 64 if sys.maxsize > 2**32 else 32
+        os.environ["PYO3_ENVIRONMENT_SIGNATURE"] = "{}-{}.{}-{}bit".format(
+            sys.implementation.name, *sys.version_info[:2], bits
+        )
         # A virtual environment that happens to be active need not be the one that this build is for.
         os.environ["VIRTUAL_ENV"] = sys.prefix
         os.environ.pop("CONDA_PREFIX", None)

@@ -195,7 +195,7 @@ int igm_parallel_for(int64_t n, void (*body)(void*, int64_t, int64_t), void* con
   return guarded(error, [&] {
     const at::Tensor places = at::empty({n}, at::kByte);
     const char* const origin = static_cast<const char*>(places.const_data_ptr());
-    at::TensorIterator iterator = at::TensorIteratorConfig().set_check_mem_overlap(false).add_output(places).build();
+    at::TensorIterator iterator = at::TensorIteratorConfig().set_check_mem_overlap(false).check_all_same_dtype(false).resize_outputs(false).add_output(places).build();
     iterator.for_each(
         [&](char** data, const int64_t* strides, int64_t size, int64_t rows) {
           for (int64_t row = 0; row < rows; ++row) {

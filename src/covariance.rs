@@ -170,8 +170,27 @@ pub fn accumulate_(covariance: &mut Tensor, rows: &Tensor) -> Result<()> {
     Ok(())
 }
 
+/// `s ← s + Σ_t z̄_t`, what centring needs beside Ȳ.
+pub fn add_rows_(total: &mut Tensor, rows: &Tensor) -> Result<()> {
+    let info = aten::describe_one(total)?;
+    aten::floating("total", &info)?;
+    check_working("total", &info)?;
+    let other = aten::matrix("rows", rows)?;
+    check_alike("rows", &other, "total", &info)?;
+    if info.dim != 1 || info.sizes[0] != other.sizes[1] {
+        return Err(Error::value(
+            "total",
+            format_args!("shape {}", info.shape()),
+            format_args!("({},), the columns of rows", other.sizes[1]),
+        ));
+    }
+    let sum = rows.f_sum_dim_intlist([0_i64].as_slice(), false, None)?;
+    let _in_place = total.f_add_(&sum)?;
+    Ok(())
+}
+
 /// `Ȳ ← Ȳ − s sᵀ/n` with s = Σ_t z̄_t, the sum of n rows: from the uncentred to the centred sum of squares.
-pub fn centre_(covariance: &mut Tensor, total: &Tensor, count: i64) -> Result<()> {
+pub fn centre_(covariance: &mut Tensor, total: &Tensor, count: f64) -> Result<()> {
     let info = check_covariance(covariance)?;
     let other = aten::describe_one(total)?;
     aten::floating("total", &other)?;
@@ -183,11 +202,10 @@ pub fn centre_(covariance: &mut Tensor, total: &Tensor, count: i64) -> Result<()
             format_args!("({},), as covariance", info.sizes[0]),
         ));
     }
-    if count < 1 {
-        return Err(Error::value("count", count, "a number ≥ 1"));
+    if !(count.is_finite() && count > 0.0) {
+        return Err(Error::value("count", count, "a finite number > 0"));
     }
-    #[allow(clippy::cast_precision_loss)] // a count of rows stays far below 2^53
-    let share = total.f_mul_scalar(1.0 / (count as f64).sqrt())?;
+    let share = total.f_mul_scalar(1.0 / count.sqrt())?;
     let _in_place = covariance.f_addr_(&share, &share.f_neg()?)?;
     Ok(())
 }

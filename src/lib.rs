@@ -24,6 +24,7 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(python::batch_rows, module)?)?;
     module.add_function(wrap_pyfunction!(python::append_rows_, module)?)?;
     module.add_function(wrap_pyfunction!(python::accumulate_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::add_rows_, module)?)?;
     module.add_function(wrap_pyfunction!(python::centre_, module)?)?;
     module.add_function(wrap_pyfunction!(python::decay_, module)?)?;
     // Eqs. (3)–(5), (9): projector.rs

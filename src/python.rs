@@ -138,10 +138,18 @@ pub fn accumulate_(mut covariance: In, rows: In) -> PyResult<()> {
     Ok(covariance::accumulate_(&mut covariance.0, &rows.0)?)
 }
 
+/// add rows
+#[pyfunction]
+#[pyo3(signature = (total, rows))]
+pub fn add_rows_(mut total: In, rows: In) -> PyResult<()> {
+    let _no_grad = tch::no_grad_guard();
+    Ok(covariance::add_rows_(&mut total.0, &rows.0)?)
+}
+
 /// centre
 #[pyfunction]
 #[pyo3(signature = (covariance, total, count))]
-pub fn centre_(mut covariance: In, total: In, count: i64) -> PyResult<()> {
+pub fn centre_(mut covariance: In, total: In, count: f64) -> PyResult<()> {
     let _no_grad = tch::no_grad_guard();
     Ok(covariance::centre_(&mut covariance.0, &total.0, count)?)
 }

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 def get_arguments(argv=None):
     parser = argparse.ArgumentParser(description="Alternating training of two modalities with a shared head.")
-    parser.add_argument("--data", type=Path, required=True, help="npz with x_a, x_v, y and valid_x_a, valid_x_v, valid_y")
+    parser.add_argument("--data", type=Path, required=True, help="npz with x_a, x_v, y, valid_x_a, valid_x_v, valid_y")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=0.05)

@@ -81,7 +81,7 @@ def closure_for(opt, model, name, batch):
 
 def distance(model, other):
     """Return the greatest absolute difference between the parameters of two models."""
-    return max(float((p - q).abs().max()) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    return max((p - q).abs().max().item() for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 class Pair:

@@ -20,7 +20,7 @@ from igm_rs.experiments import __main__ as command
 from igm_rs.experiments import data, evaluation, figures, methods, networks, protocol, running, tables, training
 
 SHIPPED = Path(__file__).parent.parent / "data"
-TINY = methods.Settings(0.05, steps=4, turn_steps=2, batch_size=16)
+TINY = methods.Settings(steps=4, turn_steps=2, batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_rows_are_in_the_order_of_the_table_and_single_is_one_for_each_modality(
 
 @pytest.mark.parametrize(("steps", "lengths"), [(40, [20, 20]), (45, [20, 20, 5]), (3, [3])])
 def test_turns_use_up_the_budget(steps, lengths):
-    assert methods.Settings(0.1, steps).turn_lengths == lengths
+    assert methods.Settings(steps).turn_lengths == lengths
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_turns_use_up_the_budget(steps, lengths):
 def test_optimizers_are_what_the_table_says(mfeat, key, rho, tau, layers):
     line = row(key, mfeat)
     model = networks.Branches.of(mfeat, line.modalities, shared_head=False, seed=0)
-    optimizer = methods.make_optimizer(line, model, TINY, 10)
+    optimizer = methods.make_optimizer(line, model, TINY, 0.1, 10)
     assert isinstance(optimizer, igm_rs.IGMOptimizer)
     assert set(optimizer.rho.values()) == {rho}
     if tau is not None:
@@ -269,7 +269,7 @@ def test_optimizers_are_what_the_table_says(mfeat, key, rho, tau, layers):
 def test_methods_that_need_nothing_else_use_plain_sgd(mfeat, key):
     line = row(key, mfeat)
     model = networks.Branches.of(mfeat, line.modalities, shared_head=False, seed=0)
-    assert type(methods.make_optimizer(line, model, TINY, 10)) is torch.optim.SGD
+    assert type(methods.make_optimizer(line, model, TINY, 0.1, 10)) is torch.optim.SGD
 
 
 # Training
@@ -299,7 +299,7 @@ def test_every_method_gives_each_modality_the_same_steps_on_the_same_examples(mf
     told = []
     settings = dataclasses.replace(TINY, steps=5)
     line = row(key, mfeat)
-    training.train(mfeat.without_test(), line, settings, seed=7, report=lambda *what: told.append(what))
+    training.train(mfeat.without_test(), line, settings, 0.05, seed=7, report=lambda *what: told.append(what))
     stream = training.batch_stream(1200, 16, seed=7)
     expected = [next(stream).tolist() for _ in range(5)]
     assert seen == dict.fromkeys(line.modalities, expected)
@@ -311,7 +311,7 @@ def test_turns_train_one_modality_after_another(mfeat, key, monkeypatch):
     order = []
     step = training._step
     monkeypatch.setattr(training, "_step", lambda *given: order.append(given[2]) or step(*given))
-    training.train(mfeat.without_test(), row(key, mfeat), TINY, seed=0)
+    training.train(mfeat.without_test(), row(key, mfeat), TINY, 0.05, seed=0)
     assert order == [("fou",)] * 2 + [("zer",)] * 2 + [("mor",)] * 2 + [("fou",)] * 2 + [("zer",)] * 2 + [("mor",)] * 2
 
 
@@ -319,14 +319,14 @@ def test_mla_alternates_within_a_batch_and_its_projection_fires(mfeat, monkeypat
     order = []
     step = training._step
     monkeypatch.setattr(training, "_step", lambda *given: order.append(given[2]) or step(*given))
-    trained = training.train(mfeat.without_test(), row("mla", mfeat), TINY, seed=0)
+    trained = training.train(mfeat.without_test(), row("mla", mfeat), TINY, 0.05, seed=0)
     assert order == [("fou",), ("zer",), ("mor",)] * 4
     assert trained.cosine < 0.999
 
 
 def test_what_each_method_reports_of_itself(mfeat):
     figures_of = {
-        key: training.train(mfeat.without_test(), row(key, mfeat), TINY, seed=0)
+        key: training.train(mfeat.without_test(), row(key, mfeat), TINY, 0.05, seed=0)
         for key in ("joint", "sam", "turns", "igm-no-sam", "igm")
     }
     assert {key: trained.cosine is not None for key, trained in figures_of.items()} == {
@@ -342,28 +342,30 @@ def test_what_each_method_reports_of_itself(mfeat):
 
 def test_turns_without_modification_equal_plain_sgd_on_each_modality(mfeat):
     """An alternating run without SAM and projection is the modalities' own runs, to the bit (heads are their own)."""
-    both = training.train(mfeat.without_test(), row("turns", mfeat), TINY, seed=0)
-    alone = training.train(mfeat.without_test(), methods.rows(["single"], mfeat.modalities)[1], TINY, seed=0)
+    both = training.train(mfeat.without_test(), row("turns", mfeat), TINY, 0.05, seed=0)
+    alone = training.train(mfeat.without_test(), methods.rows(["single"], mfeat.modalities)[1], TINY, 0.05, seed=0)
     for mine, theirs in zip(alone.model.encoders.parameters(), both.model.encoders["zer"].parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_the_kept_round_is_the_one_asked_for(mfeat):
     line = row("joint", mfeat)
-    trained = training.train(mfeat.without_test(), line, TINY, seed=0, keep=1)
+    trained = training.train(mfeat.without_test(), line, TINY, 0.05, seed=0, keep=1)
     assert [point.steps for point in trained.curve] == [2, 4]
     logits = trained.model.logits(mfeat.validation.inputs)
     fused = evaluation.accuracy(sum(logits.values()), mfeat.validation.labels)
     assert (trained.kept, fused) == (1, trained.curve[0].fused)
     with pytest.raises(ValueError, match="keep is 3, expected a round from 1 to 2"):
-        training.train(mfeat.without_test(), line, TINY, seed=0, keep=3)
+        training.train(mfeat.without_test(), line, TINY, 0.05, seed=0, keep=3)
 
 
 def test_the_learning_rate_follows_half_a_cosine(mfeat, monkeypatch):
     rates = []
     step = training._step
     monkeypatch.setattr(training, "_step", lambda *given: rates.append(given[1].param_groups[0]["lr"]) or step(*given))
-    training.train(mfeat.without_test(), row("igm", mfeat), dataclasses.replace(TINY, steps=3, turn_steps=1), seed=0)
+    training.train(
+        mfeat.without_test(), row("igm", mfeat), dataclasses.replace(TINY, steps=3, turn_steps=1), 0.05, seed=0
+    )
     assert rates == pytest.approx([0.05] * 3 + [0.05 * 0.75] * 3 + [0.05 * 0.25] * 3)
 
 
@@ -375,16 +377,19 @@ def outcome(curve, seed=0, scores=None):
     return running.Outcome(seed, len(points), points, 0.001, 0, None, None, scores or {}, {})
 
 
-def test_choice_is_the_best_mean_over_seeds_and_the_latest_of_equals():
+def test_choice_is_the_best_mean_over_seeds_and_neighbouring_rounds():
     runs = [
-        (0.1, outcome([0.2, 0.9, 0.5])),
-        (0.1, outcome([0.4, 0.1, 0.5])),
-        (0.2, outcome([0.3, 0.6, 0.5])),
-        (0.2, outcome([0.5, 0.6, 0.7])),
-        (0.3, outcome([0.5, 0.6, 0.6])),
-        (0.3, outcome([0.5, 0.5, 0.6])),
+        (
+            0.1,
+            outcome([0.1, 1.0, 0.1, 0.4]),
+        ),  # one lucky round: means 0.1, 1.0, 0.1, 0.4; smoothed 0.55, 0.4, 0.5, 0.25
+        (0.1, outcome([0.1, 1.0, 0.1, 0.4])),
+        (0.2, outcome([0.2, 0.5, 0.6, 0.7])),  # means 0.3, 0.6, 0.6, 0.6; smoothed 0.45, 0.5, 0.6, 0.6
+        (0.2, outcome([0.4, 0.7, 0.6, 0.5])),
     ]
-    assert running.choose(runs) == running.Choice(0.2, 3, 0.6)
+    choice = running.choose(runs)
+    assert (choice.learning_rate, choice.keep) == (0.2, 4)
+    assert choice.tried == pytest.approx({0.1: 0.55, 0.2: 0.6})
     with pytest.raises(ValueError, match="no tuning run"):
         running.choose([])
 
@@ -401,7 +406,7 @@ class Forbidden:
 
 @pytest.mark.parametrize("key", list(methods.METHODS))
 def test_tuning_never_touches_the_test_split_and_a_final_run_opens_it_once(mfeat, key):
-    job = running.Job("mfeat", row(key, mfeat), TINY, seed=0, keep=None)
+    job = running.Job("mfeat", row(key, mfeat), TINY, 0.05, seed=0, keep=None)
     guarded = dataclasses.replace(mfeat, _test=Forbidden(), test_openings=0)
     tuned = running.run_job(job, guarded, lambda _: None)
     assert (tuned.scores, guarded.test_openings) == ({}, 0)
@@ -475,7 +480,7 @@ def scored(seed, shift, names=("accelerometer", "gyroscope", *evaluation.FUSIONS
 @pytest.fixture
 def results(watch):
     single, joint, igm = (row(key, watch) for key in ("single", "joint", "igm"))
-    choice = running.Choice(0.05, 1, 0.7)
+    choice = running.Choice(0.05, 1, {0.05: 0.7, 0.1: 0.6})
     dataset = fresh(watch)
     summed = tables.dataset_results(
         dataset,
@@ -486,7 +491,7 @@ def results(watch):
         ],
     )
     assert dataset.test_openings == 0
-    words = protocol.protocol(TINY, 3, 2, (0.02, 0.05), 2)
+    words = protocol.protocol(TINY, 3, 2, ["watch"], tuned=True)
     return {"protocol": words, "options": {}, "versions": {"torch": "2"}, "seconds": 1.0, "datasets": [summed]}
 
 
@@ -519,7 +524,7 @@ def test_plain_table_is_aligned_and_markdown_is_rectangular(results):
 
 
 def test_one_seed_has_no_spread(watch):
-    choice = running.Choice(0.05, 1, None)
+    choice = running.Choice(0.05, 1, {})
     lines = [(row(key, watch), TINY, choice, [scored(0, shift)]) for key, shift in (("joint", 0), ("igm", 0.01))]
     _, body = tables.table(tables.dataset_results(fresh(watch), lines))
     assert body[2][2] == "51.0"
@@ -527,7 +532,7 @@ def test_one_seed_has_no_spread(watch):
 
 
 def test_without_joint_there_is_no_difference_to_it(watch):
-    line = (row("igm", watch), TINY, running.Choice(0.05, 1, None), [scored(0, 0)])
+    line = (row("igm", watch), TINY, running.Choice(0.05, 1, {}), [scored(0, 0)])
     summed = tables.dataset_results(fresh(watch), [line])
     assert summed["rows"][0]["difference_to_joint"] == {}
     assert tables.table(summed)[1][0][7] == "–"
@@ -556,11 +561,12 @@ def test_files_hold_every_run(results, tmp_path):
 
 
 def test_protocol_says_how_settings_were_chosen():
-    tuned = " ".join(protocol.protocol(TINY, 3, 2, (0.02, 0.05), 2))
-    assert "learning rate (of 0.02, 0.05)" in tuned
+    tuned = " ".join(protocol.protocol(TINY, 3, 2, ["mfeat"], tuned=True))
+    assert "learning rate (mfeat: 0.03, 0.1, 0.3)" in tuned
     assert "SAM with ρ = 0.05" in tuned
     assert "4 gradient steps of 16 examples" in tuned
-    assert "Choice: none. Every row has learning rate 0.05" in " ".join(protocol.protocol(TINY, 3, 2, (), 2))
+    untuned = " ".join(protocol.protocol(TINY, 3, 2, ["watch", "mfeat"], tuned=False))
+    assert "Choice: none. Every row has the same learning rate (watch 0.03, mfeat 0.1)" in untuned
 
 
 OKABE_ITO = {"#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#555555"}
@@ -597,7 +603,7 @@ def test_curves_are_those_of_joint_training_and_igm(results):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(command, "LEARNING_RATES", (0.02, 0.05))
+    monkeypatch.setattr(command, "LEARNING_RATES", dict.fromkeys(data.DATASETS, (0.02, 0.05)))
     monkeypatch.setattr(command, "TUNING_SEEDS", (1000,))
 
 
@@ -635,7 +641,7 @@ def test_a_short_run_of_everything(tmp_path, capsys, few):
     for part in results["datasets"]:
         for line in part["rows"]:
             assert line["settings"]["learning_rate"] in (0.02, 0.05)
-            assert 0 <= line["validation_accuracy"] <= 1
+            assert [tried["learning_rate"] for tried in line["tried"]] == [0.02, 0.05]
             assert [run["seed"] for run in line["runs"]] == [0, 1]
             for run in line["runs"]:
                 assert run["seconds_per_step"] > 0
@@ -643,20 +649,22 @@ def test_a_short_run_of_everything(tmp_path, capsys, few):
 
 
 def test_outcomes_do_not_depend_on_the_number_of_processes(mfeat, capsys):
-    jobs = [running.Job("mfeat", row(key, mfeat), TINY, seed, 2) for key, seed in (("igm", 0), ("mla", 1))]
+    jobs = [running.Job("mfeat", row(key, mfeat), TINY, 0.05, seed, 2) for key, seed in (("igm", 0), ("mla", 1))]
     here, beside = (running.run_all(jobs, SHIPPED, workers, "runs") for workers in (1, 2))
     capsys.readouterr()
     for one, other in zip(here, beside, strict=True):
         assert dataclasses.replace(one, seconds_per_step=0) == dataclasses.replace(other, seconds_per_step=0)
 
 
-def _die(*_):
-    os._exit(1)
+class Lethal(running.Job):
+    """A run that ends the process which takes it up."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
 
 
-def test_a_lost_process_is_said(mfeat, monkeypatch, capsys):
-    monkeypatch.setattr(running, "_run_in_worker", _die)
-    jobs = [running.Job("mfeat", row("joint", mfeat), TINY, seed, 2) for seed in range(2)]
+def test_a_lost_process_is_said(mfeat, capsys):
+    jobs = [Lethal("mfeat", row("joint", mfeat), TINY, 0.05, seed, 2) for seed in range(2)]
     with pytest.raises(running.ProcessLostError, match=r"a process ended before its run did.*--workers 1"):
         running.run_all(jobs, SHIPPED, 2, "runs")
     capsys.readouterr()
@@ -679,7 +687,11 @@ def test_no_tuning_takes_the_default_and_the_last_round(tmp_path, capsys):
     assert command.main(["--data", str(SHIPPED), "--out", str(tmp_path), *options]) == 0
     assert "choosing settings" not in capsys.readouterr().err
     (line,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["datasets"][0]["rows"]
-    assert (line["settings"]["learning_rate"], line["kept_round"], line["rounds"]) == (running.DEFAULT_RATE, 2, 2)
+    assert (line["settings"]["learning_rate"], line["kept_round"], line["rounds"]) == (
+        running.UNTUNED_RATES["mfeat"],
+        2,
+        2,
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ class FusedSGD:
             if group["differentiable"] or group["fused"] or isinstance(group["lr"], torch.Tensor):
                 return False
         state = self._base.state
-        buffers = [state[p].get("momentum_buffer") for p in params if p in state]
-        return bool(_igm_rs.sgd_step_possible(params, gradients, [b for b in buffers if b is not None]))
+        buffers = [state[p].get("momentum_buffer") if p in state else None for p in params]
+        return bool(_igm_rs.sgd_step_possible(params, gradients, buffers))
 
     def step(
         self,

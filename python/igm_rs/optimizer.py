@@ -32,7 +32,7 @@ STATE_KEY = "igm"
 STATE_VERSION = 1
 
 _NOTICEABLE = 0.5
-"""Below this effective share a perturbation is warned about (method.md §7)."""
+"""Share of ρ: a perturbation whose realised length is below it is warned about."""
 
 
 class IGMOptimizer(torch.optim.Optimizer):
@@ -447,6 +447,7 @@ class IGMOptimizer(torch.optim.Optimizer):
                 figures["usable"] = _usable(norm)
                 if figures["usable"]:
                     before = self._buffers(params)
+                    figures["parts"] = _parts(gradients, rhos, norm)
                     figures["perturbation"] = _igm_rs.perturb_(params, gradients, before, norm, rhos)
                 else:
                     params = []
@@ -530,12 +531,14 @@ class IGMOptimizer(torch.optim.Optimizer):
             figures["grad_norm_perturbed"] = norm = _igm_rs.gradient_norm(second)
             verdict["skip"] = not _usable(figures["grad_norm"], norm)
             same = len(moving) == len(params) and all(map(operator.is_, moving, params))
-            if same and not verdict["skip"] and self._fused is not None and self._fused.possible(params, second):
+            fused = self._fused if same and not (verdict["skip"] or self._project_update) else None
+            if fused is not None and fused.possible(params, second):
                 self._finish(active, figures, fused=(params, before, second))
                 verdict["done"] = True
             return verdict["done"]
 
         measure = figures["grad_norm"].device.type == "cpu" or "perturbation" not in self._warned
+        figures["parts"] = _parts(gradients, rhos, figures["grad_norm"])
         self._tap.muted = True
         try:
             figures["perturbation"] = _igm_rs.at_perturbed(
@@ -795,13 +798,13 @@ class IGMOptimizer(torch.optim.Optimizer):
         length, moved = effective_perturbation(figures)
         if figures["perturbation"].device.type != "cpu":
             self._warned.add("perturbation")  # looked at once: the next look would wait for the device again
-        if moved is not None and length is not None and min(length, moved) < _NOTICEABLE:
+        if length is not None and length < _NOTICEABLE:
             self._warned.discard("perturbation")
             self._warn_once(
                 "perturbation",
                 UserWarning,
-                f"rho = {max(rhos):g} is below the resolution of the weights: the perturbation moved {moved:.2%} of them "
-                f"and its realised length is {length:.2%} of what was asked for, so SAM does next to nothing; "
+                f"rho = {max(rhos):g} is below the resolution of the weights: the realised perturbation has {length:.2%} "
+                f"of the length asked for and moved {moved or 0:.2%} of them, so SAM does next to nothing; "
                 "0.02 to 0.05 is a usual rho",
             )
 
@@ -914,3 +917,16 @@ def _finite(norm: torch.Tensor) -> bool:
 def _usable(*norms: torch.Tensor) -> bool:
     """Whether a step can be taken: each gradient norm finite and not zero. Waits for the device of the norms."""
     return all(math.isfinite(value) and value > 0 for value in map(float, norms))
+
+
+def _parts(
+    gradients: list[torch.Tensor], rhos: list[float], norm: torch.Tensor
+) -> list[tuple[float, torch.Tensor]]:
+    """Each ρ with the norm of the gradients that it is for: what the length of ε* follows from, ρ itself where one is."""
+    different = sorted(set(rhos))
+    if len(different) == 1:
+        return [(different[0], norm)]
+    return [
+        (rho, _igm_rs.gradient_norm([g for g, own in zip(gradients, rhos, strict=True) if own == rho]))
+        for rho in different
+    ]

@@ -91,7 +91,9 @@ def effective_perturbation(figures: Mapping[str, Any]) -> tuple[float | None, fl
     measured = figures.get("perturbation")
     if measured is None:
         return None, None
-    realised, intended, moved, with_gradient = measured.tolist()
+    realised, moved, with_gradient = measured.tolist()
+    squares = [(rho * float(norm)) ** 2 for rho, norm in figures["parts"]]
+    intended = math.sqrt(sum(squares)) / float(figures["grad_norm"])
     return _ratio(realised, intended), _ratio(moved, with_gradient)
 
 

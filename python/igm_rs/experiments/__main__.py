@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +18,17 @@ try:
     from .data import DATASETS, DataSet, load
     from .methods import METHODS, Row, Settings, rows
     from .protocol import protocol
-    from .running import DEFAULT_RATE, LEARNING_RATES, TUNING_SEEDS, Choice, Job, ProcessLostError, choose, run_all
+    from .running import (
+        LEARNING_RATES,
+        TUNING_SEEDS,
+        UNTUNED_RATES,
+        Choice,
+        Job,
+        Outcome,
+        ProcessLostError,
+        choose,
+        run_all,
+    )
 except ModuleNotFoundError as missing:
     package = str(missing.name).split(".")[0]
     if package in ("matplotlib", "torchmetrics", "tqdm"):
@@ -56,13 +65,12 @@ def _run(sets: Sequence[DataSet], options: argparse.Namespace) -> None:
     """Choose, train, sum up, write, print."""
     began = time.monotonic()
     lines = [(data, row) for data in sets for row in rows(options.methods, data.modalities)]
-    settings = Settings(DEFAULT_RATE, options.steps)
-    grid = LEARNING_RATES if options.tuning else ()
-    words = protocol(settings, options.seeds, options.workers, grid, len(TUNING_SEEDS))
+    settings = Settings(options.steps)
+    words = protocol(settings, options.seeds, options.workers, options.datasets, tuned=options.tuning)
     print("\n\n".join(words), flush=True)
     choices = _choices(lines, settings, options)
     jobs = [
-        Job(data.name, row, replace(settings, learning_rate=choice.learning_rate), seed, choice.keep)
+        Job(data.name, row, settings, choice.learning_rate, seed, choice.keep)
         for (data, row), choice in zip(lines, choices, strict=True)
         for seed in range(options.seeds)
     ]
@@ -71,7 +79,7 @@ def _run(sets: Sequence[DataSet], options: argparse.Namespace) -> None:
     for at, ((data, row), choice) in enumerate(zip(lines, choices, strict=True)):
         begin = at * options.seeds
         runs = outcomes[begin : begin + options.seeds]
-        parts[data.name].append((row, jobs[begin].settings, choice, runs))
+        parts[data.name].append((row, settings, choice, runs))
     summed = [tables.dataset_results(data, parts[data.name]) for data in sets]
     results = {
         "protocol": words,
@@ -90,17 +98,19 @@ def _run(sets: Sequence[DataSet], options: argparse.Namespace) -> None:
 def _choices(lines: Sequence[tuple[DataSet, Row]], settings: Settings, options: argparse.Namespace) -> list[Choice]:
     """Choose learning rate and round of every row on validation, or take the default and the last round."""
     if not options.tuning:
-        return [Choice(settings.learning_rate, len(settings.turn_lengths), None)] * len(lines)
+        last = len(settings.turn_lengths)
+        return [Choice(UNTUNED_RATES[data.name], last, {}) for data, _ in lines]
     jobs = [
-        Job(data.name, row, replace(settings, learning_rate=rate), seed, None)
+        Job(data.name, row, settings, rate, seed, None)
         for data, row in lines
-        for rate in LEARNING_RATES
+        for rate in LEARNING_RATES[data.name]
         for seed in TUNING_SEEDS
     ]
     outcomes = run_all(jobs, options.data, options.workers, "choosing settings")
-    each = len(LEARNING_RATES) * len(TUNING_SEEDS)
-    pairs = [(job.settings.learning_rate, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
-    return [choose(pairs[at * each : (at + 1) * each]) for at in range(len(lines))]
+    found: dict[tuple[str, Row], list[tuple[float, Outcome]]] = {}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        found.setdefault((job.dataset, job.row), []).append((job.learning_rate, outcome))
+    return [choose(found[data.name, row]) for data, row in lines]
 
 
 def _versions() -> dict[str, str]:

@@ -10,10 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["accuracy_figure", "curves_figure", "write"]
 
-ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+ORANGE, GREEN, BLUE, VERMILION, PURPLE = "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 """Okabe and Ito's colours, which readers with any colour vision can tell apart."""
 
 GREY = "#555555"
@@ -25,7 +26,7 @@ EDGE: Edge = {"markeredgecolor": "black", "markeredgewidth": 0.6}
 
 FUSED = {
     "mean": ("mean of probabilities", ORANGE, "s"),
-    "sum": ("sum of logits", SKY, "^"),
+    "sum": ("sum of logits", GREEN, "^"),
     "calibrated": ("calibrated product", BLUE, "o"),
 }
 """Fusion: its name, colour and marker."""
@@ -45,7 +46,7 @@ def accuracy_figure(datasets: Sequence[Results]) -> Figure:
     for axes, data in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
         _accuracy_panel(axes, data)
     handles = [_marker(colour, marker, name) for name, colour, marker in FUSED.values()]
-    handles += [_marker(GREY, "D", "one modality alone"), _marker(GREY, ".", "each seed")]
+    handles += [_marker(GREY, "D", "one modality alone"), _marker(GREY, ".", "each seed (large: their mean)")]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handletextpad=0.2)
     return figure
 
@@ -70,6 +71,7 @@ def _accuracy_panel(axes: Axes, data: Results) -> None:
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(axis="x", color="#CCCCCC", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel("test accuracy (%)")
@@ -108,6 +110,7 @@ def _curves_panel(axes: Axes, data: Results, rows: Sequence[Results]) -> None:
     axes.legend(handles=handles, fontsize=8.5, frameon=False, ncols=max(1, len(handles) // 2), loc="upper left")
     axes.set_ylim(0, 125)
     axes.set_yticks(range(0, 101, 20))
+    axes.spines["left"].set_bounds(0, 100)
     axes.set_xlim(left=0)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_xlabel("gradient steps of each modality")

@@ -87,12 +87,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """What one training is run with.
+    """What all trainings of a comparison have in common.
 
     Attributes
     ----------
-    learning_rate : float
-        At the start; it follows half a cosine down to zero over the rounds.
     steps : int
         Budget: gradient steps that each modality gets. A joint step is a step of every modality; SAM's second pass
         belongs to its step.
@@ -104,7 +102,6 @@ class Settings:
         Of the SGD underneath, the paper's.
     """
 
-    learning_rate: float
     steps: int
     turn_steps: int = 20
     batch_size: int = 64
@@ -137,7 +134,9 @@ def rows(keys: Sequence[str], modalities: Sequence[str]) -> list[Row]:
     return out
 
 
-def make_optimizer(row: Row, model: Branches, settings: Settings, batches: int) -> torch.optim.Optimizer:
+def make_optimizer(
+    row: Row, model: Branches, settings: Settings, learning_rate: float, batches: int
+) -> torch.optim.Optimizer:
     """Return the optimizer that trains `model` by the row's method.
 
     Plain SGD for the methods that need nothing else; :class:`igm_rs.IGMOptimizer` around the same SGD for all others.
@@ -146,12 +145,14 @@ def make_optimizer(row: Row, model: Branches, settings: Settings, batches: int) 
     ----------
     row, model, settings
         What is trained, and how.
+    learning_rate : float
+        At the start.
     batches : int
         Batches in one pass over the training split (MLA's recursion counts them).
     """
     method = row.method
     sgd = torch.optim.SGD(
-        model.parameters(), lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        model.parameters(), lr=learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
     if method.schedule in ("single", "joint"):
         return igm_rs.IGMOptimizer(sgd, rho=method.rho) if method.rho > 0 else sgd

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .methods import RHO, TAU, Settings
+from .running import LEARNING_RATES, TUNING_SEEDS, UNTUNED_RATES
 
 __all__ = ["protocol"]
 
 
-def protocol(settings: Settings, seeds: int, workers: int, rates: Sequence[float], tuning_seeds: int) -> list[str]:
+def protocol(settings: Settings, seeds: int, workers: int, datasets: Sequence[str], *, tuned: bool) -> list[str]:
     """Say how the comparison is made.
 
     Parameters
     ----------
     settings : Settings
-        Common to all rows, but for the learning rate where that is chosen.
+        Common to all rows.
     seeds, workers : int
         Final runs of every row; runs side by side.
-    rates : sequence of float
-        The grid of learning rates; empty if nothing is tuned.
-    tuning_seeds : int
-        Runs of every row and learning rate that choose the settings.
+    datasets : sequence of str
+        Names of the data sets.
+    tuned : bool
+        Whether learning rate and round are chosen for each row.
 
     Returns
     -------
@@ -40,17 +41,19 @@ def protocol(settings: Settings, seeds: int, workers: int, rates: Sequence[float
         f"τ = {TAU:g} in the three-layer head of each modality; MLA with one linear head for all modalities, which "
         "take each batch one after another, and its orthogonal projection."
     )
-    if rates:
-        grid = ", ".join(f"{rate:g}" for rate in rates)
+    if tuned:
+        grids = "; ".join(f"{name}: {', '.join(f'{rate:g}' for rate in LEARNING_RATES[name])}" for name in datasets)
         choice = (
-            f"Choice: learning rate (of {grid}) and round are chosen for each row by the validation accuracy of its "
-            f"fused prediction (sum of logits), mean over {tuning_seeds} seeds that the final runs do not use. These "
-            "runs hold no test data. A final run opens the test split once, after training and calibration."
+            f"Choice: learning rate ({grids}) and round are chosen for each row by the validation accuracy of its "
+            f"fused prediction (sum of logits), mean over {len(TUNING_SEEDS)} seeds that the final runs do not use and "
+            "over three neighbouring rounds. These runs hold no test data. A final run opens the test split once, "
+            "after training and calibration."
         )
     else:
+        rates = ", ".join(f"{name} {UNTUNED_RATES[name]:g}" for name in datasets)
         choice = (
-            f"Choice: none. Every row has learning rate {settings.learning_rate:g} and keeps the weights of the last "
-            "round. A run opens the test split once, after training and calibration."
+            f"Choice: none. Every row has the same learning rate ({rates}) and keeps the weights of the last round. A "
+            "run opens the test split once, after training and calibration."
         )
     columns = (
         f"Columns: test accuracy and macro-F1 in percent, mean ± standard deviation over {seeds} seeds, of each "

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
 __all__ = [
-    "DEFAULT_RATE",
     "LEARNING_RATES",
     "TUNING_SEEDS",
+    "UNTUNED_RATES",
     "Choice",
     "Job",
     "Outcome",
@@ -37,10 +37,10 @@ __all__ = [
     "run_job",
 ]
 
-LEARNING_RATES = (0.02, 0.05, 0.1)
-"""The grid, the same for every row of a table."""
+LEARNING_RATES = {"watch": (0.01, 0.03, 0.1), "mfeat": (0.03, 0.1, 0.3)}
+"""The grid of each data set, the same for every row of its table."""
 
-DEFAULT_RATE = 0.05
+UNTUNED_RATES = {"watch": 0.03, "mfeat": 0.1}
 """Learning rate of every row where nothing is tuned."""
 
 TUNING_SEEDS = (1000, 1001)
@@ -61,13 +61,14 @@ class Choice:
         Of the grid.
     keep : int
         The round whose weights are kept, from 1.
-    accuracy : float or None
-        Validation accuracy that chose them, mean over :data:`TUNING_SEEDS`; None where nothing was tuned.
+    tried : dict of float to float
+        For each learning rate the validation accuracy at its best round, as :func:`choose` has it; empty where nothing
+        was tuned.
     """
 
     learning_rate: float
     keep: int
-    accuracy: float | None
+    tried: dict[float, float]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Job:
     row : Row
         Method and modalities.
     settings : Settings
-        Learning rate and budget.
+        The budget and what else all runs have in common.
+    learning_rate : float
+        Of the grid.
     seed : int
         Of the run.
     keep : int or None
@@ -92,6 +95,7 @@ class Job:
     dataset: str
     row: Row
     settings: Settings
+    learning_rate: float
     seed: int
     keep: int | None
 
@@ -145,6 +149,7 @@ def run_job(job: Job, data: DataSet, tell: Callable[[Told], None]) -> Outcome:
         visible,
         job.row,
         job.settings,
+        job.learning_rate,
         job.seed,
         keep=job.keep,
         report=lambda steps, loss, right: tell((steps, job.row.label, job.seed, loss, right)),
@@ -164,7 +169,10 @@ def run_job(job: Job, data: DataSet, tell: Callable[[Told], None]) -> Outcome:
 
 
 def choose(outcomes: Iterable[tuple[float, Outcome]]) -> Choice:
-    """Choose learning rate and round by the validation accuracy of the fused prediction, mean over the tuning seeds.
+    """Choose learning rate and round by the validation accuracy of the fused prediction.
+
+    A round counts with its neighbours: its figure is the mean over the runs of a learning rate and over this round, the
+    one before and the one after, so that one lucky round does not win.
 
     Parameters
     ----------
@@ -175,19 +183,24 @@ def choose(outcomes: Iterable[tuple[float, Outcome]]) -> Choice:
     -------
     Choice
         Where several are equally good, the latest round, and of these the first learning rate given.
+
+    Raises
+    ------
+    ValueError
+        If there is no run.
     """
     curves: dict[float, list[list[float]]] = {}
     for rate, outcome in outcomes:
         curves.setdefault(rate, []).append([point.fused for point in outcome.curve])
-    best: Choice | None = None
-    for rate, runs in curves.items():
-        for number, values in enumerate(zip(*runs, strict=True), start=1):
-            mean = fmean(values)
-            if best is None or best.accuracy is None or (mean, number) > (best.accuracy, best.keep):
-                best = Choice(rate, number, mean)
-    if best is None:
+    if not curves:
         raise ValueError("there is no tuning run to choose from")
-    return best
+    best = {}
+    for rate, runs in curves.items():
+        means = [fmean(values) for values in zip(*runs, strict=True)]
+        smooth = [fmean(means[max(0, at - 1) : at + 2]) for at in range(len(means))]
+        best[rate] = max((accuracy, number) for number, accuracy in enumerate(smooth, start=1))
+    rate = max(best, key=lambda tried: best[tried])
+    return Choice(rate, best[rate][1], {tried: accuracy for tried, (accuracy, _) in best.items()})
 
 
 def run_all(jobs: Sequence[Job], folder: Path, workers: int, what: str) -> list[Outcome]:

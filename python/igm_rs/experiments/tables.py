@@ -83,10 +83,10 @@ def _row_results(
         "label": row.label,
         "modalities": list(row.modalities),
         "method": {name: value for name, value in asdict(row.method).items() if name not in ("key", "label")},
-        "settings": asdict(settings),
+        "settings": {"learning_rate": choice.learning_rate, **asdict(settings)},
         "rounds": len(settings.turn_lengths),
         "kept_round": choice.keep,
-        "validation_accuracy": choice.accuracy,
+        "tried": [{"learning_rate": rate, "validation_accuracy": value} for rate, value in choice.tried.items()],
         "summary": {
             measure: {name: _mean_and_sd([run.scores[measure][name] for run in runs]) for name in names}
             for measure in MEASURES

@@ -114,6 +114,7 @@ def train(
     data: DataSet,
     row: Row,
     settings: Settings,
+    learning_rate: float,
     seed: int,
     keep: int | None = None,
     report: Report | None = None,
@@ -127,7 +128,9 @@ def train(
     row : Row
         The method and its modalities.
     settings : Settings
-        Learning rate and budget.
+        The budget and what else all trainings have in common.
+    learning_rate : float
+        At the start; it follows half a cosine over the rounds, down to zero after the last.
     seed : int
         Of the initial weights and of the order of the batches.
     keep : int, optional
@@ -151,7 +154,7 @@ def train(
         raise ValueError(f"keep is {keep}, expected a round from 1 to {len(lengths)}")
     names, examples = row.modalities, len(data.train)
     model = Branches.of(data, names, shared_head=row.method.orthogonal, seed=seed)
-    optimizer = make_optimizer(row, model, settings, max(1, examples // settings.batch_size))
+    optimizer = make_optimizer(row, model, settings, learning_rate, max(1, examples // settings.batch_size))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_half_cosine, len(lengths)))
     streams = {name: batch_stream(examples, settings.batch_size, seed) for name in names}
     witness, kept = _Witness(), None
