@@ -43,7 +43,7 @@ lint: install
 	$(BUILD_ENV) cargo clippy --release --all-targets -- -D warnings
 
 bench: install
-	$(BIN)/python -m igm_rs.experiments.bench --out $(OUT)
+	$(BIN)/python benchmarks/run.py
 
 wheel: $(VENV)/.build-tools
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

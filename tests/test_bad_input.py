@@ -217,8 +217,9 @@ def test_shared_parameters_alone_tell_no_modality():
     model.head(torch.ones(2, 8)).sum().backward()
     with pytest.raises(RuntimeError, match="no modality of 'audio', 'video' has gradients of its own"):
         opt.step()
-    with pytest.raises(RuntimeError, match="saw no features"), opt.turn("audio"):  # but a turn does
+    with opt.turn("audio"):
         opt.step()
+    assert opt.last_stats["active"] == "audio"
 
 
 def test_zero_gradients_of_the_others_are_not_ambiguous():
@@ -285,25 +286,6 @@ def test_all_zero_features_give_the_identity():
     with opt.turn("audio"):
         opt.step(closure_for(opt, model, "audio", batches(TWO, 1, torch.float32)["audio"][0]))
     assert torch.equal(opt.projectors["audio"]["audio"], torch.eye(8))
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.05])
-def test_model_of_another_dtype_than_its_projectors(rho):
-    """The model was converted after its projectors were made: float64 gradients meet a float32 T."""
-    model = OwnHeads()
-    opt = make(model, tau=1.5, rho=rho)
-    data = batches(TWO, 2, torch.float32)
-    for name in TWO:
-        with opt.turn(name):
-            opt.step(closure_for(opt, model, name, data[name][0]))
-    model.double()
-    for state in opt.state.values():
-        state.clear()
-    before, counters = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict()["igm"]["counters"])
-    with opt.turn("audio"), pytest.raises(ValueError, match="float64.*float32|float32.*float64"):
-        opt.step(closure_for(opt, model, "audio", batches(TWO, 2)["audio"][0]))
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert opt.state_dict()["igm"]["counters"]["steps"] == counters["steps"]
 
 
 @pytest.mark.cuda

@@ -222,6 +222,31 @@ def test_accumulate_takes_nothing_and_any_memory_layout(device):
     assert whole[1::2].count_nonzero() == 0
 
 
+# -- add_rows_ --------------------------------------------------------------------------------------------------------
+
+
+def test_add_rows_by_hand(device):
+    total = w(1, 1, device=device)
+    place = total.data_ptr()
+    assert rust.add_rows_(total, w([1, 2], [3, 4], device=device)) is None
+    assert total.tolist() == [5, 7]
+    rust.add_rows_(total=total, rows=w([1, 2], [3, 4], device=device)[:0])
+    assert total.tolist() == [5, 7]
+    assert total.data_ptr() == place
+
+
+@given(n=st.integers(0, 9), d=st.integers(1, 6))
+def test_add_rows_sums_in_any_memory_layout(device, n, d):
+    rows = torch.randn(n, 2 * d, device=device).to(working(torch.float32, device))[:, ::2]
+    for layout in (rows, rows.T.contiguous().T, rows[:, :1].expand(-1, d)):
+        kept, whole = layout.clone(), rows.new_zeros(3 * d)
+        total = whole[::3]
+        rust.add_rows_(total, layout)
+        near(total, layout.double().cpu().sum(dim=0), max(1, n))  # round-off of the terms, not of their sum
+        assert torch.equal(layout, kept)
+        assert torch.equal(whole.count_nonzero(), total.count_nonzero())
+
+
 # -- centre_ and decay_ -----------------------------------------------------------------------------------------------
 
 
@@ -244,6 +269,15 @@ def test_centred_covariance_agrees_with_the_reference_and_ignores_a_shift(device
     # Subtraction loses what the mean is larger than the spread, so the error is relative to Ȳ before it.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[rows.dtype]
     torch.testing.assert_close(covariance.double().cpu(), expected, rtol=0, atol=tolerance * size)
+
+
+def test_centre_takes_the_weight_of_decayed_rows():
+    # Rows 1 and 3, the first decayed to one half: Σ w = 1.5, Σ w z = 3.5, Σ w z² = 9.5, so 9.5 − 3.5²/1.5 = 4/3.
+    covariance = w([9.5])
+    rust.centre_(covariance, w(3.5), 1.5)
+    near(covariance, w([4 / 3]))
+    rows, weights = w([1], [3]), torch.tensor([0.5, 1.0], dtype=torch.float64)
+    near(covariance, paper.cumulative_covariance(rows, weights, centred=True))
 
 
 def test_decay_by_hand(device):
@@ -282,7 +316,7 @@ ERRORS = [
     (lambda: rust.batch_rows([[1.0, 2.0]], "mean"), TypeError, ["features", "list"]),
     (lambda: rust.append_rows_(C, 0, R), ValueError, ["buffer", "3", "2"]),
     (lambda: rust.append_rows_(C, 3, R[:0]), ValueError, ["used", "3"]),
-    (lambda: rust.append_rows_(C, -1, R[:1]), (ValueError, OverflowError), ["-1"]),
+    (lambda: rust.append_rows_(C, -1, R[:1]), ValueError, ["used", "-1"]),
     (lambda: rust.append_rows_(C, 0, torch.zeros(1, 3, dtype=torch.float64)), ValueError, ["rows", "3"]),
     (lambda: rust.append_rows_(C, 0, V), ValueError, ["rows", "(2,)"]),
     (lambda: rust.append_rows_(V, 0, R[:1]), ValueError, ["buffer", "(2,)"]),
@@ -294,8 +328,15 @@ ERRORS = [
     (lambda: rust.accumulate_(C, V), ValueError, ["rows", "(2,)"]),
     (lambda: rust.accumulate_(C, R.float()), ValueError, ["rows", "float32", "float64"]),
     (lambda: rust.accumulate_("C", R), TypeError, ["covariance", "str"]),
+    (lambda: rust.add_rows_(V, V), ValueError, ["rows", "(2,)"]),
+    (lambda: rust.add_rows_(C, R), ValueError, ["total", "(2, 2)"]),
+    (lambda: rust.add_rows_(torch.zeros(3, dtype=torch.float64), R), ValueError, ["total", "(3,)", "(2,)"]),
+    (lambda: rust.add_rows_(V, R.float()), ValueError, ["rows", "float32", "float64"]),
+    (lambda: rust.add_rows_(V.long(), R.long()), ValueError, ["total", "int64"]),
+    (lambda: rust.add_rows_(V, None), TypeError, ["rows", "None"]),
     (lambda: rust.centre_(C, V, 0), ValueError, ["count", "0"]),
-    (lambda: rust.centre_(C, V, -3), (ValueError, OverflowError), ["-3"]),
+    (lambda: rust.centre_(C, V, -3), ValueError, ["count", "-3"]),
+    (lambda: rust.centre_(C, V, math.nan), ValueError, ["count", "NaN"]),
     (lambda: rust.centre_(C, R, 3), ValueError, ["total", "(3, 2)"]),
     (lambda: rust.centre_(C, torch.zeros(3, dtype=torch.float64), 3), ValueError, ["total", "3"]),
     (lambda: rust.centre_(R, V, 3), ValueError, ["covariance", "(3, 2)"]),
@@ -323,5 +364,7 @@ def test_tensors_of_two_devices_are_refused():
         rust.append_rows_(C.cuda(), 0, R[:1])
     with pytest.raises(ValueError, match=r"rows.*cpu"):
         rust.accumulate_(C.cuda(), R)
+    with pytest.raises(ValueError, match=r"rows.*cpu"):
+        rust.add_rows_(V.cuda(), R)
     with pytest.raises(ValueError, match=r"total.*cpu"):
         rust.centre_(C.cuda(), V, 2)

@@ -276,3 +276,29 @@ def test_linear_with_further_dimensions_adds_a_row_for_each_position():
         opt.step()
     rows = x.mean(0)
     torch.testing.assert_close(opt.covariances["a"]["a"], rows.T @ rows, rtol=0, atol=1e-14)
+
+
+def test_a_model_that_is_converted_goes_on():
+    """float32 projectors meet float64 gradients: the product is in float64, and the next T is too."""
+    torch.manual_seed(0)
+    model = OwnHeads()
+    opt = IGMOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **model.options(), tau=1.5)
+    single = batches(TWO, 2, torch.float32)
+    for name in TWO:
+        with opt.turn(name):
+            opt.step(closure_for(opt, model, name, single[name][0]))
+    assert opt.projectors["video"]["video.0"].dtype == torch.float32
+    model.double()
+    gradients = []
+
+    def closure():
+        loss = closure_for(opt, model, "audio", DATA["audio"][1])()
+        gradients.append(model.heads["audio"][0].weight.grad.clone())
+        return loss
+
+    with opt.turn("audio"):
+        projector = opt.projectors["video"]["video.0"].double()
+        opt.step(closure)
+        expected = gradients[-1] @ projector
+    torch.testing.assert_close(model.heads["audio"][0].weight.grad, expected, rtol=0, atol=1e-14)
+    assert opt.projectors["audio"]["audio.0"].dtype == torch.float64

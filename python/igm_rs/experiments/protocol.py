@@ -56,7 +56,8 @@ def protocol(settings: Settings, seeds: int, workers: int, datasets: Sequence[st
             "run opens the test split once, after training and calibration."
         )
     columns = (
-        f"Columns: test accuracy and macro-F1 in percent, mean ± standard deviation over {seeds} seeds, of each "
+        f"Columns: test accuracy and macro-F1 in percent, mean ± standard deviation over {seeds} "
+        f"seed{'s' * (seeds > 1)}, of each "
         "modality's branch and of three fusions: the mean of the softmax outputs; the sum of the logits, which is what "
         "joint training optimises; the calibrated product, whose temperatures are fitted on validation. The column "
         '"vs joint" is the accuracy minus that of joint training, both calibrated, seed by seed, ± its 95 % interval, '
