@@ -1,6 +1,7 @@
 //! The ATen calls that tch lacks (`aten.cpp`), and one pass over the memory of many tensors on torch's own threads.
 
 use std::ffi::{c_char, c_void};
+use std::ops::AddAssign;
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, Tensor};
@@ -628,7 +629,7 @@ pub trait Real: Copy + PartialEq + Default + Send + Sync + 'static {
     /// The number zero.
     const ZERO: Self;
     /// Counter as wide as the number, so that counting stays in the vector unit.
-    type Count: Copy + Default;
+    type Count: Copy + Default + AddAssign;
     /// Rounds a float64 as torch does with a Python number.
     fn rounded(value: f64) -> Self;
     /// The same number as float64.
@@ -639,8 +640,8 @@ pub trait Real: Copy + PartialEq + Default + Send + Sync + 'static {
     fn mul(self, b: Self) -> Self;
     /// −self.
     fn neg(self) -> Self;
-    /// Adds one to the counter if `yes`.
-    fn count(counter: &mut Self::Count, yes: bool);
+    /// 1 if `yes`, else 0.
+    fn one(yes: bool) -> Self::Count;
     /// The counter as a whole number.
     fn counted(counter: Self::Count) -> u64;
 }
@@ -683,8 +684,8 @@ macro_rules! real {
             }
 
             #[inline(always)]
-            fn count(counter: &mut $count, yes: bool) {
-                *counter += <$count>::from(yes);
+            fn one(yes: bool) -> $count {
+                <$count>::from(yes)
             }
 
             #[inline(always)]

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::aten::{self, Info, Loop, Real};
 use crate::error::{Error, Result};
-use crate::sam::{is_double, numels, optional};
+use crate::sam::{add_products, is_double, numels, optional, BLOCK, LANES};
 
 /// How Ȳ is decomposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -407,26 +407,14 @@ impl<T: Real> Loop for Replace<'_, T> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Effect {
-        const LANES: usize = 8;
-        let mut sums = [[0.0_f64; LANES]; 3];
-        let mut one = |lane: usize, gradient: &mut T, projected: T| {
-            let (g, h) = (gradient.wide(), projected.wide());
-            sums[0][lane] += g * g;
-            sums[1][lane] += h * h;
-            sums[2][lane] += g * h;
-            *gradient = projected;
-        };
-        let (gradients, gradients_tail) = self.gradient.as_chunks_mut::<LANES>();
-        let (projected, projected_tail) = self.projected.as_chunks::<LANES>();
-        for (gradient, projected) in gradients.iter_mut().zip(projected) {
-            for lane in 0..LANES {
-                one(lane, &mut gradient[lane], projected[lane]);
-            }
-        }
-        for (lane, (gradient, &projected)) in
-            gradients_tail.iter_mut().zip(projected_tail).enumerate()
-        {
-            one(lane, gradient, projected);
+        let mut sums = [[0.0; LANES]; 3];
+        let [before, after, product] = &mut sums;
+        let gradient = self.gradient.chunks_mut(BLOCK);
+        for (g, h) in gradient.zip(self.projected.chunks(BLOCK)) {
+            add_products(before, g, h, |g, _| g.wide(), |g, _| g.wide());
+            add_products(after, g, h, |_, h| h.wide(), |_, h| h.wide());
+            add_products(product, g, h, |g, _| g.wide(), |_, h| h.wide());
+            g.copy_from_slice(h);
         }
         let [before, after, product] = sums.map(|lanes| lanes.iter().sum());
         Effect {

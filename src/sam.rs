@@ -5,8 +5,42 @@ use tch::{Kind, Tensor};
 use crate::aten::{self, Info, Loop, Real};
 use crate::error::{Error, Result};
 
-/// Numbers that the inner loops treat at a time; each has an accumulator of its own.
-const LANES: usize = 8;
+/// Accumulators of a sum. Numbers are dealt out to them in turn: an order that a vector unit can keep.
+pub const LANES: usize = 8;
+
+/// Elements that one loop after another goes over while they are in the nearest cache.
+pub const BLOCK: usize = 1024;
+
+/// sums += left(a, b) · right(a, b), in float64.
+#[inline(always)]
+pub fn add_products<T: Real>(
+    sums: &mut [f64; LANES],
+    a: &[T],
+    b: &[T],
+    left: impl Fn(T, T) -> f64,
+    right: impl Fn(T, T) -> f64,
+) {
+    let (blocks_a, tail_a) = a.as_chunks::<LANES>();
+    let (blocks_b, tail_b) = b.as_chunks::<LANES>();
+    for (a, b) in blocks_a.iter().zip(blocks_b) {
+        for lane in 0..LANES {
+            sums[lane] += left(a[lane], b[lane]) * right(a[lane], b[lane]);
+        }
+    }
+    for ((sum, &a), &b) in sums.iter_mut().zip(tail_a).zip(tail_b) {
+        *sum += left(a, b) * right(a, b);
+    }
+}
+
+/// How many pairs satisfy the condition?
+#[inline(always)]
+fn count<T: Real>(a: &[T], b: &[T], condition: impl Fn(T, T) -> bool) -> u64 {
+    let mut counter = T::Count::default();
+    for (&a, &b) in a.iter().zip(b) {
+        counter += T::one(condition(a, b));
+    }
+    T::counted(counter)
+}
 
 /// Indices of a list of tensors, by what computes on them.
 struct Paths {
@@ -156,18 +190,8 @@ impl<T: Real> Loop for SquareSum<'_, T> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> f64 {
-        let mut sums = [0.0_f64; 2 * LANES];
-        let (blocks, tail) = self.0.as_chunks::<{ 2 * LANES }>();
-        for block in blocks {
-            for (sum, x) in sums.iter_mut().zip(block) {
-                let x = x.wide();
-                *sum += x * x;
-            }
-        }
-        for (sum, x) in sums.iter_mut().zip(tail) {
-            let x = x.wide();
-            *sum += x * x;
-        }
+        let mut sums = [0.0; LANES];
+        add_products(&mut sums, self.0, self.0, |x, _| x.wide(), |x, _| x.wide());
         sums.iter().sum()
     }
 }
@@ -255,70 +279,30 @@ impl<T: Real> Loop for Perturb<'_, T> {
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Measure {
         let scale = self.scale;
-        let mut sums = Sums::<T>::default();
-        let (params, params_tail) = self.params.as_chunks_mut::<LANES>();
-        let (gradients, gradients_tail) = self.gradients.as_chunks::<LANES>();
-        let (before, before_tail) = self.before.as_chunks_mut::<LANES>();
-        for ((param, gradient), before) in params.iter_mut().zip(gradients).zip(before) {
-            let old = *param;
-            let mut new = old;
-            for (new, g) in new.iter_mut().zip(gradient) {
-                *new = scale.mul_add::<FMA>(*g, *new);
+        let mut squares = [0.0; LANES];
+        let mut measure = Measure::default();
+        let params = self.params.chunks_mut(BLOCK);
+        let gradients = self.gradients.chunks(BLOCK);
+        let before = self.before.chunks_mut(BLOCK);
+        for ((params, gradients), before) in params.zip(gradients).zip(before) {
+            let both = params.iter_mut().zip(before.iter_mut());
+            for ((param, before), gradient) in both.zip(gradients) {
+                let old = *param;
+                *before = old;
+                *param = scale.mul_add::<FMA>(*gradient, old);
             }
-            *before = old;
-            *param = new;
-            sums.add(&old, &new, gradient);
+            add_products(
+                &mut squares,
+                params,
+                before,
+                |new, old| new.wide() - old.wide(),
+                |new, old| new.wide() - old.wide(),
+            );
+            measure.moved += count(params, before, |new, old| new != old);
+            measure.nonzero += count(gradients, gradients, |gradient, _| gradient != T::ZERO);
         }
-        for ((param, gradient), before) in params_tail
-            .iter_mut()
-            .zip(gradients_tail)
-            .zip(before_tail)
-        {
-            let old = *param;
-            let new = scale.mul_add::<FMA>(*gradient, old);
-            *before = old;
-            *param = new;
-            // the rest of the lanes are zeros, which add nothing
-            let one = |x: T| {
-                let mut lanes = [T::ZERO; LANES];
-                lanes[0] = x;
-                lanes
-            };
-            sums.add(&one(old), &one(new), &one(*gradient));
-        }
-        Measure {
-            squares: sums.squares.iter().sum(),
-            moved: sums.moved.iter().map(|&count| T::counted(count)).sum(),
-            nonzero: sums.nonzero.iter().map(|&count| T::counted(count)).sum(),
-        }
-    }
-}
-
-/// [`Measure`] while it is being taken, each lane for itself.
-#[derive(Default)]
-struct Sums<T: Real> {
-    /// Σ (realised ε)².
-    squares: [f64; LANES],
-    /// Weights that moved.
-    moved: [T::Count; LANES],
-    /// Weights with a gradient.
-    nonzero: [T::Count; LANES],
-}
-
-impl<T: Real> Sums<T> {
-    /// One weight for each lane. Every quantity has a loop of its own, which is what the compiler turns into vector instructions.
-    #[inline(always)]
-    fn add(&mut self, old: &[T; LANES], new: &[T; LANES], gradient: &[T; LANES]) {
-        for ((sum, new), old) in self.squares.iter_mut().zip(new).zip(old) {
-            let realised = new.wide() - old.wide();
-            *sum += realised * realised;
-        }
-        for ((count, new), old) in self.moved.iter_mut().zip(new).zip(old) {
-            T::count(count, new != old);
-        }
-        for (count, gradient) in self.nonzero.iter_mut().zip(gradient) {
-            T::count(count, *gradient != T::ZERO);
-        }
+        measure.squares = squares.iter().sum();
+        measure
     }
 }
 

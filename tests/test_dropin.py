@@ -255,6 +255,7 @@ def test_both_switched_off_it_is_the_original_to_the_bit(archives, dtype, moment
 def test_projection_fires_at_every_step_but_the_first(archives, steps, rho):
     load(changed(rho, tau=TAU)).main(argv(archives))
     assert [stats["active"] for stats in steps] == ["a", "v"] * (EPOCHS * BATCHES)
+    assert [stats["turn"] for stats in steps] == list(range(2 * EPOCHS * BATCHES))  # each batch is a turn of its own
     assert steps[0]["projected"] == {}
     for stats in steps[1:]:
         (layer,) = stats["projected"].values()

@@ -491,7 +491,7 @@ def results(watch):
         ],
     )
     assert dataset.test_openings == 0
-    words = protocol.protocol(TINY, 3, 2, ["watch"], tuned=True)
+    words = protocol.protocol(TINY, 3, 2, tuned=True)
     return {"protocol": words, "options": {}, "versions": {"torch": "2"}, "seconds": 1.0, "datasets": [summed]}
 
 
@@ -561,12 +561,14 @@ def test_files_hold_every_run(results, tmp_path):
 
 
 def test_protocol_says_how_settings_were_chosen():
-    tuned = " ".join(protocol.protocol(TINY, 3, 2, ["mfeat"], tuned=True))
-    assert "learning rate (mfeat: 0.03, 0.1, 0.3)" in tuned
+    tuned = " ".join(protocol.protocol(TINY, 3, 2, tuned=True))
+    assert "learning rate (of 0.01, 0.03, 0.1)" in tuned
     assert "SAM with ρ = 0.05" in tuned
     assert "4 gradient steps of 16 examples" in tuned
-    untuned = " ".join(protocol.protocol(TINY, 3, 2, ["watch", "mfeat"], tuned=False))
-    assert "Choice: none. Every row has the same learning rate (watch 0.03, mfeat 0.1)" in untuned
+    assert "over 3 seeds, of each modality" in tuned
+    untuned = " ".join(protocol.protocol(TINY, 1, 2, tuned=False))
+    assert "Choice: none. Every row has learning rate 0.03" in untuned
+    assert "over 1 seed, of each modality" in untuned
 
 
 OKABE_ITO = {"#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#555555"}
@@ -603,7 +605,7 @@ def test_curves_are_those_of_joint_training_and_igm(results):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(command, "LEARNING_RATES", dict.fromkeys(data.DATASETS, (0.02, 0.05)))
+    monkeypatch.setattr(command, "LEARNING_RATES", (0.02, 0.05))
     monkeypatch.setattr(command, "TUNING_SEEDS", (1000,))
 
 
@@ -688,7 +690,7 @@ def test_no_tuning_takes_the_default_and_the_last_round(tmp_path, capsys):
     assert "choosing settings" not in capsys.readouterr().err
     (line,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["datasets"][0]["rows"]
     assert (line["settings"]["learning_rate"], line["kept_round"], line["rounds"]) == (
-        running.UNTUNED_RATES["mfeat"],
+        running.UNTUNED_RATE,
         2,
         2,
     )

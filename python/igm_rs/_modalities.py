@@ -74,6 +74,7 @@ class Modalities:
 
     def include(self, modality: str, module: nn.Module, label: str) -> None:
         """Count the parameters of `module` (a head of its own) as `modality`'s."""
+        self.modules[modality].append((label, module))
         self._add(modality, self._of_module(module, label), self._held)
 
     def index(self, groups: list[Group]) -> None:

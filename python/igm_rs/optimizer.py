@@ -14,6 +14,7 @@ from torch import nn
 
 from . import _checks, _igm_rs
 from ._base import base_optimizer, check_group, step_without_hooks
+from ._batchnorm import Statistics
 from ._features import FeatureTap
 from ._layers import Layer, head_layers, scope_layers
 from ._modalities import Modalities, parameter_names
@@ -61,7 +62,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         In [0, 1], instead of heads: project layers from the output of each modality backwards until they hold this
         share of its parameters (Table 4).
     model : torch.nn.Module, optional
-        Where names of modules and parameters are looked up.
+        Where names of modules and parameters are looked up, and BatchNorm layers, whose statistics advance once a step
+        and not twice; without it BatchNorm layers are found in `modalities` where these are modules.
     rho : float or mapping of str to float
         ρ ≥ 0, length of the perturbation in the unit of the parameters; 0 is no SAM. A group's own ``"rho"`` wins.
         Below the resolution of the dtype it does nothing, which is measured and warned about.
@@ -185,6 +187,8 @@ class IGMOptimizer(torch.optim.Optimizer):
             {id(layer.module): layer for mine in layers.values() for layer in mine}.values(),
             "mean" if features == "mean" else "samples",
         )
+        roots = [module for mine in self._modalities.modules.values() for _, module in mine]
+        self._statistics = Statistics(roots if model is None else [*roots, model])
         self._initial_lr = [group.get("lr") for group in self.param_groups]
         self._turn: str | None = None
         self._before: dict[torch.Tensor, torch.Tensor] = {}
@@ -452,7 +456,7 @@ class IGMOptimizer(torch.optim.Optimizer):
                 else:
                     params = []
             self._perturbed = active, params, before, figures
-            self._tap.muted = True
+            self._begin_second_pass()
         if zero_grad:
             self.zero_grad()
 
@@ -539,7 +543,7 @@ class IGMOptimizer(torch.optim.Optimizer):
 
         measure = figures["grad_norm"].device.type == "cpu" or "perturbation" not in self._warned
         figures["parts"] = _parts(gradients, rhos, figures["grad_norm"])
-        self._tap.muted = True
+        self._begin_second_pass()
         try:
             figures["perturbation"] = _igm_rs.at_perturbed(
                 params, gradients, before, figures["grad_norm"], rhos, at_perturbed_weights, measure
@@ -548,7 +552,7 @@ class IGMOptimizer(torch.optim.Optimizer):
             self._tap.drop()
             raise
         finally:
-            self._tap.muted = False
+            self._end_second_pass()
         if verdict["skip"]:
             self._skip(active, figures)
         elif not verdict["done"]:
@@ -694,7 +698,16 @@ class IGMOptimizer(torch.optim.Optimizer):
             _, params, before, _ = self._perturbed
             _igm_rs.restore_(params, before)
         self._perturbed = None
+        self._end_second_pass()
+
+    def _begin_second_pass(self) -> None:
+        """What is forwarded from now on is at θ + ε*: it is no feature of the data and no statistic of the model."""
+        self._tap.muted = True
+        self._statistics.hold()
+
+    def _end_second_pass(self) -> None:
         self._tap.muted = False
+        self._statistics.release()
 
     def _abandon_perturbation(self) -> None:
         """Restore the weights and drop the step that ``first_step`` began."""

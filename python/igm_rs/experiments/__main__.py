@@ -21,7 +21,7 @@ try:
     from .running import (
         LEARNING_RATES,
         TUNING_SEEDS,
-        UNTUNED_RATES,
+        UNTUNED_RATE,
         Choice,
         Job,
         Outcome,
@@ -66,7 +66,7 @@ def _run(sets: Sequence[DataSet], options: argparse.Namespace) -> None:
     began = time.monotonic()
     lines = [(data, row) for data in sets for row in rows(options.methods, data.modalities)]
     settings = Settings(options.steps)
-    words = protocol(settings, options.seeds, options.workers, options.datasets, tuned=options.tuning)
+    words = protocol(settings, options.seeds, options.workers, tuned=options.tuning)
     print("\n\n".join(words), flush=True)
     choices = _choices(lines, settings, options)
     jobs = [
@@ -99,11 +99,11 @@ def _choices(lines: Sequence[tuple[DataSet, Row]], settings: Settings, options: 
     """Choose learning rate and round of every row on validation, or take the default and the last round."""
     if not options.tuning:
         last = len(settings.turn_lengths)
-        return [Choice(UNTUNED_RATES[data.name], last, {}) for data, _ in lines]
+        return [Choice(UNTUNED_RATE, last, {})] * len(lines)
     jobs = [
         Job(data.name, row, settings, rate, seed, None)
         for data, row in lines
-        for rate in LEARNING_RATES[data.name]
+        for rate in LEARNING_RATES
         for seed in TUNING_SEEDS
     ]
     outcomes = run_all(jobs, options.data, options.workers, "choosing settings")

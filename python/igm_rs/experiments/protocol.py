@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .methods import RHO, TAU, Settings
-from .running import LEARNING_RATES, TUNING_SEEDS, UNTUNED_RATES
+from .running import LEARNING_RATES, TUNING_SEEDS, UNTUNED_RATE
 
 __all__ = ["protocol"]
 
 
-def protocol(settings: Settings, seeds: int, workers: int, datasets: Sequence[str], *, tuned: bool) -> list[str]:
+def protocol(settings: Settings, seeds: int, workers: int, *, tuned: bool) -> list[str]:
     """Say how the comparison is made.
 
     Parameters
@@ -19,8 +17,6 @@ def protocol(settings: Settings, seeds: int, workers: int, datasets: Sequence[st
         Common to all rows.
     seeds, workers : int
         Final runs of every row; runs side by side.
-    datasets : sequence of str
-        Names of the data sets.
     tuned : bool
         Whether learning rate and round are chosen for each row.
 
@@ -42,18 +38,17 @@ def protocol(settings: Settings, seeds: int, workers: int, datasets: Sequence[st
         "take each batch one after another, and its orthogonal projection."
     )
     if tuned:
-        grids = "; ".join(f"{name}: {', '.join(f'{rate:g}' for rate in LEARNING_RATES[name])}" for name in datasets)
+        grid = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
         choice = (
-            f"Choice: learning rate ({grids}) and round are chosen for each row by the validation accuracy of its "
+            f"Choice: learning rate (of {grid}) and round are chosen for each row by the validation accuracy of its "
             f"fused prediction (sum of logits), mean over {len(TUNING_SEEDS)} seeds that the final runs do not use and "
             "over three neighbouring rounds. These runs hold no test data. A final run opens the test split once, "
             "after training and calibration."
         )
     else:
-        rates = ", ".join(f"{name} {UNTUNED_RATES[name]:g}" for name in datasets)
         choice = (
-            f"Choice: none. Every row has the same learning rate ({rates}) and keeps the weights of the last round. A "
-            "run opens the test split once, after training and calibration."
+            f"Choice: none. Every row has learning rate {UNTUNED_RATE:g} and keeps the weights of the last round. A run "
+            "opens the test split once, after training and calibration."
         )
     columns = (
         f"Columns: test accuracy and macro-F1 in percent, mean ± standard deviation over {seeds} "

@@ -1,0 +1,36 @@
+"""BatchNorm statistics advance once a step: SAM's second pass normalises with its batch and records nothing."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+from torch import nn
+
+__all__ = ["Statistics"]
+
+
+class Statistics:
+    """The running statistics of all BatchNorm layers among `modules`, which can be held still.
+
+    A layer that does not record (evaluation mode, ``track_running_stats=False``) is left as it is.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        # weak: the layers are the model's
+        self._layers = weakref.WeakSet(
+            layer for root in modules for layer in root.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        )
+        self._held: list[nn.modules.batchnorm._BatchNorm] = []
+
+    def hold(self) -> None:
+        """Record nothing until :meth:`release`."""
+        self._held = [layer for layer in self._layers if layer.track_running_stats]
+        for layer in self._held:
+            layer.track_running_stats = False
+
+    def release(self) -> None:
+        """Record again where it was recorded before."""
+        for layer in self._held:
+            layer.track_running_stats = True
+        self._held = []
