@@ -48,11 +48,7 @@ pub fn output_kind(dtype: Option<&str>) -> Result<Option<Kind>> {
 fn check_full_precision(argument: &str, info: &Info) -> Result<Kind> {
     match info.kind() {
         Some(kind @ (Kind::Float | Kind::Double)) => Ok(kind),
-        _ => Err(Error::value(
-            argument,
-            info.dtype(),
-            "float32 or float64",
-        )),
+        _ => Err(Error::value(argument, info.dtype(), "float32 or float64")),
     }
 }
 
@@ -124,22 +120,135 @@ fn eigh(matrix: &Tensor, kind: Kind) -> Result<(Tensor, Tensor)> {
     }
 }
 
-/// `T = I − B Bᵀ`, exactly symmetric. B holds v·√(1−σ) in its columns: what T takes away.
-fn without(taken: &Tensor, (d, columns): (i64, i64), kind: Kind, info: &Info) -> Result<Tensor> {
-    if columns == 0 {
-        return Ok(Tensor::f_eye(d, (kind, info.home()))?);
+/// λ ascending; if it does not converge in float32, again in float64.
+fn eigvalsh(matrix: &Tensor, kind: Kind) -> Result<Tensor> {
+    match matrix.f_linalg_eigvalsh("L") {
+        Ok(values) => Ok(values),
+        Err(error) if kind == Kind::Double => Err(error.into()),
+        Err(_) => Ok(matrix
+            .f_to_dtype(Kind::Double, false, false)?
+            .f_linalg_eigvalsh("L")?
+            .f_to_dtype(kind, false, false)?),
     }
-    let taken = taken.f_to_dtype(kind, false, false)?;
-    let product = taken.f_matmul(&taken.f_tr()?)?;
-    let t = product.f_add(&product.f_tr()?)?.f_mul_scalar(-0.5)?;
-    let _diagonal = t.f_diagonal(0, 0, 1)?.f_add_scalar_(1.0)?;
-    t.f_contiguous().map_err(Into::into)
+}
+
+/// `eigh` looks at one triangle only, so the other one must say the same, up to rounding.
+fn check_symmetric(scaled: &Tensor, kind: Kind) -> Result<()> {
+    let skew = scaled
+        .f_sub(&scaled.f_tr()?)?
+        .f_abs_()?
+        .f_max()?
+        .f_double_value(&[])?;
+    if skew <= epsilon(kind).sqrt() {
+        return Ok(());
+    }
+    Err(Error::value(
+        "covariance",
+        format_args!("a matrix that differs from its transpose by {skew:.1e} of its largest entry"),
+        "a symmetric matrix",
+    ))
+}
+
+/// Sizes from which on a symmetric product is made from its lower half.
+const HALVED: i64 = 256;
+
+/// A B where that is known to be symmetric, exactly symmetric: of four bands the blocks up to the diagonal are computed, the rest mirrored.
+fn symmetric_product(a: &Tensor, b: &Tensor, d: i64, kind: Kind, info: &Info) -> Result<Tensor> {
+    let product = Tensor::f_empty([d, d], (kind, info.home()))?;
+    let band = if d < HALVED { d } else { (d + 3) / 4 };
+    let mut start = 0;
+    while start < d {
+        let size = band.min(d - start);
+        let rows = product.f_narrow(0, start, size)?;
+        a.f_narrow(0, start, size)?.f_mm_out(
+            &rows.f_narrow(1, 0, start + size)?,
+            &b.f_narrow(1, 0, start + size)?,
+        )?;
+        let mut diagonal = rows.f_narrow(1, start, size)?;
+        let mirrored = diagonal.f_tril(-1)?.f_tr()?;
+        diagonal.f_copy_(&diagonal.f_tril(0)?.f_add(&mirrored)?)?;
+        product
+            .f_narrow(0, 0, start)?
+            .f_narrow(1, start, size)?
+            .f_copy_(&rows.f_narrow(1, 0, start)?.f_tr()?)?;
+        start += size;
+    }
+    Ok(product)
+}
+
+/// `T = I − A B`, exactly symmetric: what T takes away is A B.
+fn without(a: &Tensor, b: &Tensor, d: i64, kind: Kind, info: &Info) -> Result<Tensor> {
+    let t = symmetric_product(&a.f_neg()?, b, d, kind, info)?;
+    let _in_place = t.f_diagonal(0, 0, 1)?.f_add_scalar_(1.0)?;
+    Ok(t)
+}
+
+/// Degree of the Taylor polynomials; at |x| ≤ [`POLYNOMIAL_TAU`] they end below the rounding of float32.
+const DEGREE: usize = 8;
+
+/// Up to this τ a float32 T is made by a polynomial: no eigenvectors are needed then.
+const POLYNOMIAL_TAU: f64 = 0.75;
+
+/// c₀ I + c₁ X + … + c₈ X⁸ with four products (Paterson and Stockmeyer): powers up to X³, then Horner's rule in X³.
+fn polynomial(x: &Tensor, coefficients: &[f64; DEGREE + 1]) -> Result<Tensor> {
+    let square = x.f_mm(x)?;
+    let cube = square.f_mm(x)?;
+    let [c0, c1, c2, c3, c4, c5, c6, c7, c8] = *coefficients;
+    let block = |constant: f64, linear: f64, quadratic: f64| -> Result<Tensor> {
+        let block = square
+            .f_mul_scalar(quadratic)?
+            .f_add(&x.f_mul_scalar(linear)?)?;
+        let _in_place = block.f_diagonal(0, 0, 1)?.f_add_scalar_(constant)?;
+        Ok(block)
+    };
+    let sum = block(c3, c4, c5)?.f_addmm(&block(c6, c7, c8)?, &cube)?;
+    Ok(block(c0, c1, c2)?.f_addmm(&sum, &cube)?)
+}
+
+/// factor · (−1)ᵏ / (k + shift)! for k = 0 … 8.
+fn alternating(factor: f64, shift: u32) -> [f64; DEGREE + 1] {
+    let mut coefficients = [0.0; DEGREE + 1];
+    let mut term = factor / (1..=shift).map(f64::from).product::<f64>();
+    for (k, coefficient) in (1..).zip(&mut coefficients) {
+        *coefficient = term;
+        term /= -f64::from(k + shift);
+    }
+    coefficients
+}
+
+/// The matrix and its transpose in equal parts.
+fn symmetrised(matrix: &Tensor) -> Result<Tensor> {
+    Ok(matrix.f_add(&matrix.f_tr()?)?.f_mul_scalar(0.5)?)
+}
+
+/// Which part of the spectrum counts, and what T does with it.
+struct Spectrum {
+    /// λ_min.
+    low: f64,
+    /// λ_max − λ_min.
+    spread: f64,
+    /// λ, descending.
+    descending: Tensor,
+}
+
+/// λ without what rounding makes negative, in both orders.
+fn spectrum(ascending: &Tensor, d: i64) -> Result<Spectrum> {
+    let (low, high) = (
+        ascending.f_double_value(&[0])?,
+        ascending.f_double_value(&[d - 1])?,
+    );
+    Ok(Spectrum {
+        low,
+        spread: high - low,
+        descending: ascending.f_flip([0_i64].as_slice())?,
+    })
 }
 
 /// `Y = V Λ Vᵀ` (Eq. (3)), `Σ = exp(−τ (Λ − λ_min I)/(λ_max − λ_min))`, `T = V Σ Vᵀ` (Eq. (4)).
 ///
-/// Returns T and λ, descending. T is assembled as `I − V(I − Σ)Vᵀ`, from the directions only in which it differs from I by more than
-/// rounding. No spread between λ_max and λ_min beyond the rounding d·ε·λ_max: T = I.
+/// Returns T and λ, descending. No spread between λ_max and λ_min beyond the rounding d·ε·λ_max: T = I. With eigenvectors T is assembled as
+/// `I − V(I − Σ)Vᵀ`, from the directions only in which it differs from I by more than rounding. A float32 T at τ ≤ 0.75 needs no
+/// eigenvectors: it is the exponential of a small matrix, `exp(−τ/2) exp(−X)` with `X = τ ((Y − λ_min I)/(λ_max − λ_min) − I/2)`, ‖X‖ ≤ τ/2.
 pub fn flat_projector(
     covariance: &Tensor,
     tau: f64,
@@ -157,35 +266,40 @@ pub fn flat_projector(
         return Ok((identity()?, Tensor::f_zeros([d], (kind, info.home()))?));
     }
     let scaled = covariance.f_div_scalar(scale)?;
-    let skew = scaled
-        .f_sub(&scaled.f_tr()?)?
-        .f_abs_()?
-        .f_max()?
-        .f_double_value(&[])?;
-    if skew > epsilon(kind).sqrt() {
-        return Err(Error::value(
-            "covariance",
-            format_args!("a matrix that differs from its transpose by {skew:.3} of its largest entry"),
-            "a symmetric matrix",
-        ));
-    }
+    check_symmetric(&scaled, kind)?;
+    let by_polynomial =
+        route == Route::Eigh && wanted == Kind::Float && tau > 0.0 && tau <= POLYNOMIAL_TAU;
     let (values, vectors) = match route {
-        Route::Eigh => eigh(&scaled, kind)?,
+        Route::Eigh if by_polynomial => (eigvalsh(&scaled, kind)?, None),
+        Route::Eigh => {
+            let (values, vectors) = eigh(&scaled, kind)?;
+            (values, Some(vectors))
+        }
         Route::Svd => {
             let (u, s, _) = scaled.f_svd(true, true)?;
-            (s.f_flip([0_i64].as_slice())?, u.f_flip([1_i64].as_slice())?)
+            let vectors = u.f_flip([1_i64].as_slice())?;
+            (s.f_flip([0_i64].as_slice())?, Some(vectors))
         }
     };
     let values = values.f_clamp_min(0.0)?;
-    let singular_values = values.f_flip([0_i64].as_slice())?.f_mul_scalar(scale)?;
-    let (low, high) = (
-        values.f_double_value(&[0])?,
-        values.f_double_value(&[d - 1])?,
-    );
-    let spread = high - low;
-    if tau == 0.0 || spread <= real(d) * epsilon(kind) * high {
+    let Spectrum {
+        low,
+        spread,
+        descending,
+    } = spectrum(&values, d)?;
+    let singular_values = descending.f_mul_scalar(scale)?;
+    if tau == 0.0 || spread <= real(d) * epsilon(kind) * (low + spread) {
         return Ok((identity()?, singular_values));
     }
+    let Some(vectors) = vectors else {
+        let x = scaled.f_mul_scalar(tau / spread)?;
+        let _in_place = x
+            .f_diagonal(0, 0, 1)?
+            .f_sub_scalar_(tau * (low / spread + 0.5))?;
+        let x = x.f_to_dtype(Kind::Float, false, false)?;
+        let t = polynomial(&x, &alternating((-tau / 2.0).exp(), 0))?;
+        return Ok((symmetrised(&t)?, singular_values));
+    };
     // 1 − σ = 1 − exp(−τ (λ − λ_min)/(λ_max − λ_min)), ascending like λ
     let taken = values
         .f_sub_scalar(low)?
@@ -196,16 +310,22 @@ pub fn flat_projector(
         .f_le(0.25 * epsilon(wanted))?
         .f_sum(Kind::Int64)?
         .f_int64_value(&[])?;
+    let kept = d - negligible;
     let basis = vectors
-        .f_narrow(1, negligible, d - negligible)?
-        .f_mul(&taken.f_narrow(0, negligible, d - negligible)?.f_sqrt()?)?;
-    Ok((without(&basis, (d, d - negligible), wanted, &info)?, singular_values))
+        .f_narrow(1, negligible, kept)?
+        .f_mul(&taken.f_narrow(0, negligible, kept)?.f_sqrt()?)?
+        .f_to_dtype(wanted, false, false)?;
+    Ok((
+        without(&basis, &basis.f_tr()?, d, wanted, &info)?,
+        singular_values,
+    ))
 }
 
 /// T from the r < d rows R whose `RᵀR` is Ȳ, without making Ȳ.
 ///
-/// `R Rᵀ = U Λ_r Uᵀ` gives the non-zero λ and `V_r = Rᵀ U Λ_r^−½`; λ_min = 0, so `T = I + V_r (Σ_r − I) V_rᵀ`. The factor of V_r and that
-/// of 1 − Σ_r are taken together, `√((1 − exp(−τλ/λ_max))/λ)`, which stays bounded as λ → 0. λ below the rounding d·ε·λ_max counts as 0.
+/// `R Rᵀ = U Λ_r Uᵀ` gives the non-zero λ and `V_r = Rᵀ U Λ_r^−½`; λ_min = 0, so `T = I + V_r (Σ_r − I) V_rᵀ = I − Rᵀ U Φ Uᵀ R` with
+/// `φ = (1 − exp(−τλ/λ_max))/λ`, which stays bounded as λ → 0. λ below the rounding d·ε·λ_max counts as 0. A float32 T at τ ≤ 0.75 needs no
+/// eigenvectors: UΦUᵀ is a power series in R Rᵀ.
 pub fn flat_projector_from_rows(
     rows: &Tensor,
     tau: f64,
@@ -224,15 +344,20 @@ pub fn flat_projector_from_rows(
     }
     let wanted = dtype.unwrap_or(kind);
     let options = (kind, info.home());
+    let identity = || Tensor::f_eye(d, (wanted, info.home()));
     let scale = if r == 0 { 0.0 } else { largest("rows", rows)? };
     if scale == 0.0 {
-        return Ok((
-            Tensor::f_eye(d, (wanted, info.home()))?,
-            Tensor::f_zeros([d], options)?,
-        ));
+        return Ok((identity()?, Tensor::f_zeros([d], options)?));
     }
     let scaled = rows.f_div_scalar(scale)?;
-    let (values, vectors) = eigh(&scaled.f_matmul(&scaled.f_tr()?)?, kind)?;
+    let gram = symmetric_product(&scaled, &scaled.f_tr()?, r, kind, &info)?;
+    let by_polynomial = wanted == Kind::Float && tau <= POLYNOMIAL_TAU;
+    let (values, vectors) = if by_polynomial {
+        (eigvalsh(&gram, kind)?, None)
+    } else {
+        let (values, vectors) = eigh(&gram, kind)?;
+        (values, Some(vectors))
+    };
     let high = values.f_double_value(&[r - 1])?;
     let negligible = values
         .f_le(real(d) * epsilon(kind) * high)?
@@ -248,11 +373,21 @@ pub fn flat_projector_from_rows(
             .f_mul_scalar(scale)?,
     )?;
     if tau == 0.0 {
-        return Ok((
-            Tensor::f_eye(d, (wanted, info.home()))?,
-            singular_values,
-        ));
+        return Ok((identity()?, singular_values));
     }
+    let Some(vectors) = vectors else {
+        // z = τλ/λ_max: φ = (τ/λ_max) (1 − exp(−z))/z = (τ/λ_max) Σ (−z)ᵏ/(k+1)!
+        let z = gram
+            .f_mul_scalar(tau / high)?
+            .f_to_dtype(Kind::Float, false, false)?;
+        let phi = symmetrised(&polynomial(&z, &alternating(1.0, 1))?)?;
+        let unit =
+            scaled
+                .f_mul_scalar((tau / high).sqrt())?
+                .f_to_dtype(Kind::Float, false, false)?;
+        let t = without(&unit.f_tr()?, &phi.f_mm(&unit)?, d, wanted, &info)?;
+        return Ok((t, singular_values));
+    };
     let factor = values
         .f_mul_scalar(-tau / high)?
         .f_expm1()?
@@ -266,8 +401,11 @@ pub fn flat_projector_from_rows(
     let basis = scaled
         .f_to_dtype(wanted, false, false)?
         .f_tr()?
-        .f_matmul(&combination)?;
-    Ok((without(&basis, (d, kept), wanted, &info)?, singular_values))
+        .f_mm(&combination)?;
+    Ok((
+        without(&basis, &basis.f_tr()?, d, wanted, &info)?,
+        singular_values,
+    ))
 }
 
 /// `k = P r`, `P ← P − k kᵀ/(α + rᵀk)` for one row r after the other (the recursion of OWM and MLA).
@@ -287,7 +425,11 @@ pub fn orthogonal_projector_(
         return Err(Error::value(
             "rows",
             format_args!("shape {} on {}", other.shape(), other.device()),
-            format_args!("{} columns on {}, as projector", info.sizes[0], info.device()),
+            format_args!(
+                "{} columns on {}, as projector",
+                info.sizes[0],
+                info.device()
+            ),
         ));
     }
     if i64::try_from(alphas.len()) != Ok(n) {
@@ -427,8 +569,12 @@ impl<T: Real> Loop for Replace<'_, T> {
 
 /// [‖g‖, ‖h‖, cos(g, h)] by torch, without waiting for a device; the cosine of a zero is 1.
 fn compare(gradient: &Tensor, projected: &Tensor, kind: Kind) -> Result<Tensor> {
-    let g = gradient.f_to_dtype(kind, false, false)?.f_reshape([-1_i64])?;
-    let h = projected.f_to_dtype(kind, false, false)?.f_reshape([-1_i64])?;
+    let g = gradient
+        .f_to_dtype(kind, false, false)?
+        .f_reshape([-1_i64])?;
+    let h = projected
+        .f_to_dtype(kind, false, false)?
+        .f_reshape([-1_i64])?;
     let (before, after) = (g.f_norm()?, h.f_norm()?);
     let norms = before.f_mul(&after)?;
     let cosine = g
@@ -488,7 +634,8 @@ fn replace(gradients: &[&Tensor], projected: &[&Tensor], infos: &[Info]) -> Resu
     let parts: Vec<Vec<(usize, Effect)>> =
         aten::for_chunks(&numels(infos), |part: &mut Vec<(usize, Effect)>, span| {
             let i = span.tensor;
-            let (Some(info), Some(&to), Some(&from)) = (infos.get(i), targets.get(i), sources.get(i))
+            let (Some(info), Some(&to), Some(&from)) =
+                (infos.get(i), targets.get(i), sources.get(i))
             else {
                 return;
             };

@@ -358,11 +358,7 @@ pub fn sgd_step_(
 /// possible
 #[pyfunction]
 #[pyo3(signature = (params, gradients, momentum_buffers))]
-pub fn sgd_step_possible(
-    params: Ins,
-    gradients: Ins,
-    momentum_buffers: Gappy,
-) -> PyResult<bool> {
+pub fn sgd_step_possible(params: Ins, gradients: Ins, momentum_buffers: Gappy) -> PyResult<bool> {
     Ok(sgd::sgd_step_possible(
         &params.all(),
         &gradients.all(),

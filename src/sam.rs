@@ -514,13 +514,11 @@ fn perturb_fused(
         part.moved += done.moved;
         part.nonzero += done.nonzero;
     })?;
-    Ok(parts
-        .iter()
-        .fold(Measure::default(), |sum, part| Measure {
-            squares: sum.squares + part.squares,
-            moved: sum.moved + part.moved,
-            nonzero: sum.nonzero + part.nonzero,
-        }))
+    Ok(parts.iter().fold(Measure::default(), |sum, part| Measure {
+        squares: sum.squares + part.squares,
+        moved: sum.moved + part.moved,
+        nonzero: sum.nonzero + part.nonzero,
+    }))
 }
 
 /// A list without gaps as a list that may have some.
@@ -572,9 +570,7 @@ fn perturb_general(
             .f_reciprocal()?
             .f_mul_scalar(*rho)?
             .f_to_dtype(*kind, false, false)?;
-        let sound = scale
-            .f_isfinite()?
-            .f_logical_and(&norm.f_isfinite()?)?;
+        let sound = scale.f_isfinite()?.f_logical_and(&norm.f_isfinite()?)?;
         let gradients = converted(&pick(gradients, indices), *kind)?;
         let mut perturbation = aten::foreach_mul(&borrowed(&gradients), &scale)?;
         let on_device = infos.first().is_some_and(|info| !info.is_cpu());
@@ -589,7 +585,8 @@ fn perturb_general(
     aten::foreach_copy_(before, params)?;
     let mut done = Ok(());
     for ((_, _, indices), perturbation) in groups.iter().zip(&perturbations) {
-        done = done.and_then(|()| aten::foreach_add_(&pick(params, indices), &borrowed(perturbation)));
+        done =
+            done.and_then(|()| aten::foreach_add_(&pick(params, indices), &borrowed(perturbation)));
     }
     if done.is_err() {
         aten::foreach_copy_(params, before)?;

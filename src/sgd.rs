@@ -116,11 +116,8 @@ impl<T: Real> Loop for Step<'_, T> {
             };
             numbers.minus_lr.mul_add::<FMA>(direction, theta)
         };
-        let plain = |theta: T, gradient: T| {
-            numbers
-                .minus_lr
-                .mul_add::<FMA>(d(theta, gradient), theta)
-        };
+        let plain =
+            |theta: T, gradient: T| numbers.minus_lr.mul_add::<FMA>(d(theta, gradient), theta);
         match (self.before, self.buffer) {
             (Some(before), Some(buffer)) => {
                 let rest = before.iter().zip(self.gradients).zip(buffer);

@@ -41,6 +41,9 @@ WAYS = {
         "audio": [*m.audio_encoder.parameters(), *m.cls_a.parameters()],
         "video": [*m.video_encoder.parameters(), *m.cls_v.parameters()],
     },
+    "ModuleDict": lambda m: nn.ModuleDict(
+        {"audio": nn.ModuleList([m.audio_encoder, m.cls_a]), "video": nn.ModuleList([m.video_encoder, m.cls_v])}
+    ),
     "prefixes": lambda m: {"audio": ["audio_encoder", "cls_a."], "video": ["video_", "cls_v"]},
     "mixed": lambda m: {"audio": ["audio_encoder", m.cls_a], "video": [*m.video_encoder.parameters(), "cls_v"]},
 }
@@ -87,6 +90,12 @@ def test_heads_belong_to_their_modality():
         rho=0.0,
     )
     assert not any(key.startswith("cls_v") for key in moved(opt, model, "audio"))
+
+
+def test_heads_in_a_module_dict():
+    model = OwnHeads()
+    opt = IGMOptimizer(sgd(model), model.encoders, heads=model.heads)
+    assert opt.pairs["audio"] == {"video": [("audio.0", "video.0"), ("audio.2", "video.2")]}
 
 
 def test_heads_by_name_and_names_of_layers():

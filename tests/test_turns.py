@@ -199,6 +199,15 @@ def test_steps_outside_turns_are_turns_of_one_batch():
     assert opt.last_stats["projected"]["head"]["cosine"] < 1
 
 
+def test_n_steps_outside_any_turn_are_a_turn():
+    model, opt = make(SharedHead, tau=1.5, rho=0.0, refresh=2)
+    for t in range(4):
+        for name in TWO:
+            step(model, opt, name, t)
+        assert opt.turns == 2 * ((t + 1) // 2)
+    assert opt.round == 2
+
+
 @pytest.mark.parametrize("reset", [(), "momentum", "lr", ("momentum", "lr")])
 def test_reset_at_the_start_of_a_turn(reset):
     model, opt = make(rho=0.0, reset=reset)

@@ -36,7 +36,7 @@ class Layer:
 
 def head_layers(
     modalities: Modalities,
-    heads: Mapping[str, Any] | None,
+    heads: Mapping[str, Any] | nn.ModuleDict | None,
     head: Any | None,
     model: nn.Module | None,
 ) -> dict[str, list[Layer]]:
@@ -55,7 +55,7 @@ def head_layers(
         return {name: shared for name in modalities.names}
     if heads is None:
         return {name: [] for name in modalities.names}
-    if not isinstance(heads, Mapping):
+    if not isinstance(heads, (Mapping, nn.ModuleDict)):
         raise TypeError(f"heads is a {type(heads).__name__}, expected a mapping from modality to head (or use head=)")
     for name in heads:
         modalities.check(name, "a key of heads")

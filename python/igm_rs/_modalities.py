@@ -49,7 +49,7 @@ class Modalities:
         Something that is no module, parameter or prefix.
     """
 
-    def __init__(self, spec: Mapping[str, Any] | None, groups: list[Group], known: Mapping[torch.Tensor, str]) -> None:
+    def __init__(self, spec: Mapping[str, Any] | nn.ModuleDict | None, groups: list[Group], known: Mapping[torch.Tensor, str]) -> None:
         self._known = known
         self.modules: dict[str, list[tuple[str, nn.Module]]] = {}
         self.listed: dict[str, dict[torch.Tensor, str]] = {}
@@ -57,7 +57,7 @@ class Modalities:
         if spec is None:
             self.modules[IMPLIED] = []
             self.listed[IMPLIED] = {parameter: known.get(parameter, "") for parameter in held}
-        elif not isinstance(spec, Mapping):
+        elif not isinstance(spec, (Mapping, nn.ModuleDict)):
             raise TypeError(f"modalities is a {type(spec).__name__}, expected a mapping from names to modules")
         elif not spec:
             raise ValueError("modalities is empty, expected at least one name with its modules, parameters or prefixes")

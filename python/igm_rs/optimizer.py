@@ -57,7 +57,8 @@ class IGMOptimizer(torch.optim.Optimizer):
     heads : mapping of str to module, module name, or a list of these, optional
         For each modality its own head, whose Linear layers are projected; its parameters count as the modality's.
     head : module, module name, or a list of these, optional
-        One head that all modalities share; its Linear layers are projected.
+        One head that all modalities share; its Linear layers are projected. What passes through it before a step counts
+        as features of the modality that steps, so forward one modality, step, then forward the next.
     scope : float, optional
         In [0, 1], instead of heads: project layers from the output of each modality backwards until they hold this
         share of its parameters (Table 4).
@@ -128,10 +129,10 @@ class IGMOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        modalities: Mapping[str, Any] | None = None,
+        modalities: Mapping[str, Any] | nn.ModuleDict | None = None,
         *,
         base: type[torch.optim.Optimizer] | None = None,
-        heads: Mapping[str, Any] | None = None,
+        heads: Mapping[str, Any] | nn.ModuleDict | None = None,
         head: Any | None = None,
         scope: float | None = None,
         model: nn.Module | None = None,
@@ -672,8 +673,9 @@ class IGMOptimizer(torch.optim.Optimizer):
         self._tell(active, figures, skipped=False)
         if isinstance(self._refresh, int) and self._counters.since[active] >= self._refresh:
             self._make_projector(active)
-            if self._turn is None:
+            if self._turn is None:  # n steps outside any turn were one
                 self._counters.started[active] = False
+                self._counters.turns += 1
 
     def _skip(self, active: str, figures: dict[str, Any]) -> None:
         """Count a step that is not taken; everything else stays as it was."""

@@ -47,8 +47,8 @@ def protocol(settings: Settings, seeds: int, workers: int, *, tuned: bool) -> li
         )
     else:
         choice = (
-            f"Choice: none. Every row has learning rate {UNTUNED_RATE:g} and keeps the weights of the last round. A run "
-            "opens the test split once, after training and calibration."
+            f"Choice: none. Every row has learning rate {UNTUNED_RATE:g} and keeps the weights of the last round. A "
+            "run opens the test split once, after training and calibration."
         )
     columns = (
         f"Columns: test accuracy and macro-F1 in percent, mean ± standard deviation over {seeds} "
