@@ -113,6 +113,13 @@ pub fn append_rows_(buffer: &Tensor, used: i64, rows: &Tensor) -> Result<(i64, T
     let info = aten::matrix("rows", rows)?;
     check_alike("rows", &info, "buffer", &room)?;
     let ([capacity, d, ..], [n, columns, ..]) = (room.sizes, info.sizes);
+    if room.is_cpu() && room.contiguous == 0 {
+        return Err(Error::value(
+            "buffer",
+            "a tensor that is not contiguous",
+            "a contiguous one",
+        ));
+    }
     if columns != d {
         return Err(Error::value(
             "rows",
@@ -135,14 +142,7 @@ pub fn append_rows_(buffer: &Tensor, used: i64, rows: &Tensor) -> Result<(i64, T
         ));
     }
     if info.is_cpu() {
-        let finite = rows.f_isfinite()?.f_all_dim(1, false)?;
-        let kept = if finite.f_all()?.f_int64_value(&[])? == 1 {
-            rows.f_detach()?
-        } else {
-            rows.f_index_select(0, &finite.f_nonzero()?.f_squeeze_dim(1)?)?
-        };
-        let count = aten::describe_one(&kept)?.sizes[0];
-        buffer.f_narrow(0, used, count)?.f_copy_(&kept)?;
+        let count = append_finite(buffer, used, rows, &info)?;
         let left_out = Tensor::f_from_slice(&[n - count])?.f_squeeze()?;
         return Ok((used + count, left_out));
     }
@@ -150,6 +150,43 @@ pub fn append_rows_(buffer: &Tensor, used: i64, rows: &Tensor) -> Result<(i64, T
     let kept = rows.f_masked_fill(&unsound, 0.0)?;
     buffer.f_narrow(0, used, n)?.f_copy_(&kept)?;
     Ok((used + n, unsound.f_sum(Kind::Int64)?))
+}
+
+/// Copies the finite rows, float64 on the CPU, behind the `used` ones; returns how many they are.
+fn append_finite(buffer: &Tensor, used: i64, rows: &Tensor, info: &Info) -> Result<i64> {
+    let size = |number: i64| usize::try_from(number).unwrap_or(0);
+    let (n, d, used) = (size(info.sizes[0]), size(info.sizes[1]), size(used));
+    let rows = rows.f_contiguous()?;
+    let to = aten::writable(&[Some(buffer)])?.into_iter().sum::<usize>();
+    let from = aten::readable(&[Some(&rows)])?.into_iter().sum::<usize>();
+    let bytes = size_of::<f64>() * d;
+    if aten::overlap(
+        &[(&[to + used * bytes], true), (&[from], false)],
+        &[n * bytes],
+    ) {
+        return Err(Error::value(
+            "rows",
+            "a tensor that shares memory with buffer",
+            "a separate one",
+        ));
+    }
+    let place = |row: usize| aten::Span {
+        tensor: 0,
+        start: row * d,
+        len: d,
+    };
+    let mut kept = 0;
+    for row in 0..if d == 0 { 0 } else { n } {
+        // SAFETY: `rows` is row-major, float64, and has more than `row` rows of d > 0 numbers.
+        let source: &[f64] = unsafe { aten::slice(from, place(row)) };
+        if source.iter().all(|x| x.is_finite()) {
+            // SAFETY: `buffer` likewise; it has room for used + n rows, and nothing else looks at it meanwhile.
+            let target: &mut [f64] = unsafe { aten::slice_mut(to, place(used + kept)) };
+            target.copy_from_slice(source);
+            kept += 1;
+        }
+    }
+    i64::try_from(kept).map_err(|_| Error::value("rows", kept, "fewer than 2^63 rows"))
 }
 
 /// `Ȳ ← Ȳ + Σ_t z̄_t z̄_tᵀ`, as one product RᵀR.

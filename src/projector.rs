@@ -132,6 +132,18 @@ fn eigvalsh(matrix: &Tensor, kind: Kind) -> Result<Tensor> {
     }
 }
 
+/// λ ascending for a float32 T: in float32, unless λ_max − λ_min is so small that the rounding of either would show.
+fn extent(matrix: &Tensor, d: i64, kind: Kind) -> Result<Tensor> {
+    if kind == Kind::Double {
+        let values = eigvalsh(&matrix.f_to_dtype(Kind::Float, false, false)?, Kind::Float)?
+            .f_to_dtype(kind, false, false)?;
+        if values.f_double_value(&[0])? <= 0.5 * values.f_double_value(&[d - 1])? {
+            return Ok(values);
+        }
+    }
+    eigvalsh(matrix, kind)
+}
+
 /// `eigh` looks at one triangle only, so the other one must say the same, up to rounding.
 fn check_symmetric(scaled: &Tensor, kind: Kind) -> Result<()> {
     let skew = scaled
@@ -160,7 +172,7 @@ fn symmetric_product(a: &Tensor, b: &Tensor, d: i64, kind: Kind, info: &Info) ->
     while start < d {
         let size = band.min(d - start);
         let rows = product.f_narrow(0, start, size)?;
-        a.f_narrow(0, start, size)?.f_mm_out(
+        let _filled = a.f_narrow(0, start, size)?.f_mm_out(
             &rows.f_narrow(1, 0, start + size)?,
             &b.f_narrow(1, 0, start + size)?,
         )?;
@@ -183,26 +195,41 @@ fn without(a: &Tensor, b: &Tensor, d: i64, kind: Kind, info: &Info) -> Result<Te
     Ok(t)
 }
 
-/// Degree of the Taylor polynomials; at |x| ≤ [`POLYNOMIAL_TAU`] they end below the rounding of float32.
+/// Degree of the Taylor polynomials; at ‖X‖ ≤ [`POLYNOMIAL_TAU`] they end below the rounding of float32.
 const DEGREE: usize = 8;
 
 /// Up to this τ a float32 T is made by a polynomial: no eigenvectors are needed then.
 const POLYNOMIAL_TAU: f64 = 0.75;
 
-/// c₀ I + c₁ X + … + c₈ X⁸ with four products (Paterson and Stockmeyer): powers up to X³, then Horner's rule in X³.
-fn polynomial(x: &Tensor, coefficients: &[f64; DEGREE + 1]) -> Result<Tensor> {
-    let square = x.f_mm(x)?;
-    let cube = square.f_mm(x)?;
+/// Terms below this bound, a third of the rounding of float32, are left out if that saves a product.
+const NEGLIGIBLE: f64 = 2e-8;
+
+/// c₀ I + c₁ X + … + c₈ X⁸ for a symmetric float32 X, d×d with ‖X‖ ≤ `bound`, by three or four products (Paterson and Stockmeyer):
+/// X², X³, then Horner's rule in X³.
+fn polynomial(
+    x: &Tensor,
+    (d, bound): (i64, f64),
+    coefficients: &[f64; DEGREE + 1],
+    info: &Info,
+) -> Result<Tensor> {
+    let times = |a: &Tensor, b: &Tensor| symmetric_product(a, b, d, Kind::Float, info);
+    let square = times(x, x)?;
+    let cube = times(&square, x)?;
     let [c0, c1, c2, c3, c4, c5, c6, c7, c8] = *coefficients;
     let block = |constant: f64, linear: f64, quadratic: f64| -> Result<Tensor> {
         let block = square
             .f_mul_scalar(quadratic)?
-            .f_add(&x.f_mul_scalar(linear)?)?;
+            .f_add_(&x.f_mul_scalar(linear)?)?;
         let _in_place = block.f_diagonal(0, 0, 1)?.f_add_scalar_(constant)?;
         Ok(block)
     };
-    let sum = block(c3, c4, c5)?.f_addmm(&block(c6, c7, c8)?, &cube)?;
-    Ok(block(c0, c1, c2)?.f_addmm(&sum, &cube)?)
+    let last = if (c7 * bound.powi(7)).abs() < NEGLIGIBLE {
+        cube.f_mul_scalar(c6)?
+    } else {
+        times(&block(c6, c7, c8)?, &cube)?
+    };
+    let sum = block(c3, c4, c5)?.f_add_(&last)?;
+    Ok(times(&sum, &cube)?.f_add_(&block(c0, c1, c2)?)?)
 }
 
 /// factor · (−1)ᵏ / (k + shift)! for k = 0 … 8.
@@ -214,11 +241,6 @@ fn alternating(factor: f64, shift: u32) -> [f64; DEGREE + 1] {
         term /= -f64::from(k + shift);
     }
     coefficients
-}
-
-/// The matrix and its transpose in equal parts.
-fn symmetrised(matrix: &Tensor) -> Result<Tensor> {
-    Ok(matrix.f_add(&matrix.f_tr()?)?.f_mul_scalar(0.5)?)
 }
 
 /// Which part of the spectrum counts, and what T does with it.
@@ -248,7 +270,8 @@ fn spectrum(ascending: &Tensor, d: i64) -> Result<Spectrum> {
 ///
 /// Returns T and λ, descending. No spread between λ_max and λ_min beyond the rounding d·ε·λ_max: T = I. With eigenvectors T is assembled as
 /// `I − V(I − Σ)Vᵀ`, from the directions only in which it differs from I by more than rounding. A float32 T at τ ≤ 0.75 needs no
-/// eigenvectors: it is the exponential of a small matrix, `exp(−τ/2) exp(−X)` with `X = τ ((Y − λ_min I)/(λ_max − λ_min) − I/2)`, ‖X‖ ≤ τ/2.
+/// eigenvectors: it is the exponential of a small matrix, `exp(−τ/2) exp(−X)` with `X = τ ((Y − λ_min I)/(λ_max − λ_min) − I/2)`, ‖X‖ ≤ τ/2;
+/// λ then has the precision of float32.
 pub fn flat_projector(
     covariance: &Tensor,
     tau: f64,
@@ -270,7 +293,7 @@ pub fn flat_projector(
     let by_polynomial =
         route == Route::Eigh && wanted == Kind::Float && tau > 0.0 && tau <= POLYNOMIAL_TAU;
     let (values, vectors) = match route {
-        Route::Eigh if by_polynomial => (eigvalsh(&scaled, kind)?, None),
+        Route::Eigh if by_polynomial => (extent(&scaled, d, kind)?, None),
         Route::Eigh => {
             let (values, vectors) = eigh(&scaled, kind)?;
             (values, Some(vectors))
@@ -297,8 +320,9 @@ pub fn flat_projector(
             .f_diagonal(0, 0, 1)?
             .f_sub_scalar_(tau * (low / spread + 0.5))?;
         let x = x.f_to_dtype(Kind::Float, false, false)?;
-        let t = polynomial(&x, &alternating((-tau / 2.0).exp(), 0))?;
-        return Ok((symmetrised(&t)?, singular_values));
+        let coefficients = alternating((-tau / 2.0).exp(), 0);
+        let t = polynomial(&x, (d, tau / 2.0), &coefficients, &info)?;
+        return Ok((t, singular_values));
     };
     // 1 − σ = 1 − exp(−τ (λ − λ_min)/(λ_max − λ_min)), ascending like λ
     let taken = values
@@ -380,7 +404,7 @@ pub fn flat_projector_from_rows(
         let z = gram
             .f_mul_scalar(tau / high)?
             .f_to_dtype(Kind::Float, false, false)?;
-        let phi = symmetrised(&polynomial(&z, &alternating(1.0, 1))?)?;
+        let phi = polynomial(&z, (r, tau), &alternating(1.0, 1), &info)?;
         let unit =
             scaled
                 .f_mul_scalar((tau / high).sqrt())?
