@@ -77,11 +77,14 @@ def projector_pair(d: int, rows: int) -> tuple[Callable[[], Any], Callable[[], A
     exact = seen.T @ seen
     single = exact.float()
     if rows < d:
+
         def ours() -> Any:
             return _igm_rs.flat_projector_from_rows(seen, 0.4, dtype="float32")
     else:
+
         def ours() -> Any:
             return _igm_rs.flat_projector(exact, 0.4, dtype="float32")
+
     lambdas, v = torch.linalg.eigh(exact)
     reference = v @ torch.diag(torch.exp(-0.4 * (lambdas - lambdas[0]) / (lambdas[-1] - lambdas[0]))) @ v.T
     error = (ours()[0].double() - reference).abs().max().item()
@@ -256,12 +259,12 @@ def table(done: list[Row]) -> str:
         "| what | ours | ms (IQR) | peer | ms (IQR) | ratio | asked for | |",
         "|---|---|---:|---|---:|---:|---:|---|",
     ]
-    for row in done:
-        lines.append(
-            f"| {row.name} | {row.ours} | {row.ours_ms:.3g} ({row.ours_spread_ms:.2g}) | {row.peer} | "
-            f"{row.peer_ms:.3g} ({row.peer_spread_ms:.2g}) | {row.ratio:.2f}× | {row.target} {row.limit:g}× | "
-            f"{'reached' if row.reached else 'missed'} |"
-        )
+    lines += [
+        f"| {row.name} | {row.ours} | {row.ours_ms:.3g} ({row.ours_spread_ms:.2g}) | {row.peer} | "
+        f"{row.peer_ms:.3g} ({row.peer_spread_ms:.2g}) | {row.ratio:.2f}× | {row.target} {row.limit:g}× | "
+        f"{'reached' if row.reached else 'missed'} |"
+        for row in done
+    ]
     return "\n".join(lines)
 
 
@@ -273,7 +276,8 @@ def page(facts: dict[str, Any], done: list[Row]) -> str:
 Made by `make bench`: each row runs both sides in turn in one process, in changing order; given are medians, with the
 interquartile range in brackets. For T the ratio is peer ÷ ours (larger is better), for steps ours ÷ peer (smaller is
 better). Measured {facts["date"]} at revision {facts["revision"]} on {facts["processor"]}, {facts["threads"]} threads;
-Python {facts["python"]}, torch {facts["torch"]}, igm-rs {facts["igm_rs"]}, pytorch_optimizer {facts["pytorch_optimizer"]}.
+Python {facts["python"]}, torch {facts["torch"]}, igm-rs {facts["igm_rs"]},
+pytorch_optimizer {facts["pytorch_optimizer"]}.
 A copy moves {facts["copy_gb_per_s"]:.1f} GB/s here.
 
 {table(done)}

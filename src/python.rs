@@ -112,7 +112,31 @@ fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) ->
     .map_err(PyErr::from)
 }
 
-/// Rows of a batch, Eq. (2).
+/// Rows by which a batch enters the covariance, Eq. (2): its mean over the batch, or every sample.
+///
+/// Parameters
+/// ----------
+/// features : torch.Tensor
+///     Input of a layer, shape (n_B, ..., d) with d >= 1, float16, bfloat16, float32 or float64. Not changed.
+/// reduce : {"mean", "samples"}
+///     "mean": the mean over the batch for each of the s remaining positions, s rows. "samples": all n_B * s rows.
+///
+/// Returns
+/// -------
+/// torch.Tensor
+///     Shape (s, d) or (n_B * s, d), on the device of `features`: float64 on the CPU, elsewhere at least float32. It shares no memory
+///     with `features`. An empty batch gives shape (0, d).
+///
+/// Raises
+/// ------
+/// ValueError
+///     If `features` has fewer than two dimensions, is not of floating point, or is sparse; if `reduce` is another word.
+/// TypeError
+///     If `features` is not a tensor.
+///
+/// References
+/// ----------
+/// Eq. (2): the covariance is the sum of the outer products of these rows.
 #[pyfunction]
 #[pyo3(signature = (features, reduce))]
 pub fn batch_rows(features: In, reduce: &str) -> PyResult<Out> {
@@ -121,7 +145,33 @@ pub fn batch_rows(features: In, reduce: &str) -> PyResult<Out> {
     Ok(Out(covariance::batch_rows(&features.0, reduce)?))
 }
 
-/// append
+/// Copy the finite rows into a buffer, behind those that it holds; `buffer` is changed.
+///
+/// Parameters
+/// ----------
+/// buffer : torch.Tensor
+///     Shape (capacity, d), float64 and contiguous on the CPU, float32 or float64 elsewhere.
+/// used : int
+///     Number of rows that `buffer` holds, 0 to capacity.
+/// rows : torch.Tensor
+///     Shape (n, d), dtype and device of `buffer`.
+///
+/// Returns
+/// -------
+/// used : int
+///     Number of rows that `buffer` holds now.
+/// left_out : torch.Tensor
+///     0-dim int64 tensor on the same device: how many rows were infinite or undefined somewhere. On the CPU they are dropped; elsewhere
+///     they are written as zeros, which add nothing to a covariance, so that nothing waits for the device.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If the shapes, dtypes or devices do not fit, or the buffer is too small; nothing is written then.
+///
+/// References
+/// ----------
+/// Eq. (2).
 #[pyfunction]
 #[pyo3(signature = (buffer, used, rows))]
 pub fn append_rows_(buffer: In, used: i64, rows: In) -> PyResult<(i64, Out)> {
@@ -130,7 +180,23 @@ pub fn append_rows_(buffer: In, used: i64, rows: In) -> PyResult<(i64, Out)> {
     Ok((used, Out(left_out)))
 }
 
-/// accumulate
+/// Add the outer products of rows to a covariance, which is changed: covariance += rows.T @ rows.
+///
+/// Parameters
+/// ----------
+/// covariance : torch.Tensor
+///     Shape (d, d), float64 on the CPU, float32 or float64 elsewhere.
+/// rows : torch.Tensor
+///     Shape (n, d), dtype and device of `covariance`; n may be 0.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If the shapes, dtypes or devices do not fit.
+///
+/// References
+/// ----------
+/// Eq. (2).
 #[pyfunction]
 #[pyo3(signature = (covariance, rows))]
 pub fn accumulate_(mut covariance: In, rows: In) -> PyResult<()> {
@@ -146,7 +212,21 @@ pub fn add_rows_(mut total: In, rows: In) -> PyResult<()> {
     Ok(covariance::add_rows_(&mut total.0, &rows.0)?)
 }
 
-/// centre
+/// Turn an uncentred covariance into a centred one, in place: covariance -= outer(total, total) / count.
+///
+/// Parameters
+/// ----------
+/// covariance : torch.Tensor
+///     Shape (d, d), the sum of the outer products of `count` rows; float64 on the CPU, float32 or float64 elsewhere.
+/// total : torch.Tensor
+///     Shape (d,), the sum of the same rows; dtype and device of `covariance`.
+/// count : int
+///     Number of rows, at least 1.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If the shapes, dtypes or devices do not fit, or `count` is below 1.
 #[pyfunction]
 #[pyo3(signature = (covariance, total, count))]
 pub fn centre_(mut covariance: In, total: In, count: f64) -> PyResult<()> {
@@ -154,7 +234,19 @@ pub fn centre_(mut covariance: In, total: In, count: f64) -> PyResult<()> {
     Ok(covariance::centre_(&mut covariance.0, &total.0, count)?)
 }
 
-/// decay
+/// Multiply tensors by a factor, in place, so that old turns count for less.
+///
+/// Parameters
+/// ----------
+/// tensors : list of torch.Tensor
+///     Dense, of floating point, any shapes.
+/// factor : float
+///     Finite.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If a tensor is sparse or not of floating point, or `factor` is not finite.
 #[pyfunction]
 #[pyo3(signature = (tensors, factor))]
 pub fn decay_(tensors: Ins, factor: f64) -> PyResult<()> {
@@ -162,7 +254,41 @@ pub fn decay_(tensors: Ins, factor: f64) -> PyResult<()> {
     Ok(covariance::decay_(&tensors.all(), factor)?)
 }
 
-/// flat
+/// The flat projector of a covariance.
+///
+/// T = V exp(-tau (L - L_min) / (L_max - L_min)) V^T for covariance = V L V^T. T is I exactly if tau is 0 or all eigenvalues are equal up to
+/// rounding.
+///
+/// Parameters
+/// ----------
+/// covariance : torch.Tensor
+///     Shape (d, d), symmetric and positive semi-definite up to rounding, float32 or float64, in which it is decomposed. Not changed.
+/// tau : float
+///     Strength, dimensionless, at least 0. The eigenvalues of T lie in [exp(-tau), 1].
+/// route : {"eigh", "svd"}
+///     Decomposition: of a symmetric matrix (the faster one), or the singular value decomposition of Eq. (3).
+/// dtype : {"float32", "float64"} or None
+///     dtype of T; None: that of `covariance`. For a float32 T with tau <= 0.75 the route "eigh" takes eigenvalues only, in float32.
+///
+/// Returns
+/// -------
+/// projector : torch.Tensor
+///     T, shape (d, d), exactly symmetric.
+/// singular_values : torch.Tensor
+///     L, shape (d,), descending, at least 0, dtype of `covariance`.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If `covariance` is not a square, symmetric float32 or float64 matrix, or an option is out of its range.
+/// ArithmeticError
+///     If `covariance` is not finite throughout.
+/// RuntimeError
+///     If the decomposition does not converge, in float64 either.
+///
+/// References
+/// ----------
+/// Eqs. (3) and (4).
 #[pyfunction]
 #[pyo3(signature = (covariance, tau, route="eigh", dtype=None))]
 pub fn flat_projector(
@@ -180,7 +306,39 @@ pub fn flat_projector(
     Ok((Out(t), Out(values)))
 }
 
-/// flat from rows
+/// The flat projector of rows.T @ rows from fewer rows than columns, without that matrix.
+///
+/// The eigenvalues come from rows @ rows.T; the smallest one is 0, as there are fewer rows than columns.
+///
+/// Parameters
+/// ----------
+/// rows : torch.Tensor
+///     Shape (r, d) with r < d, float32 or float64, in which it is decomposed; r may be 0, then T is I. Not changed.
+/// tau : float
+///     Strength, dimensionless, at least 0. The eigenvalues of T lie in [exp(-tau), 1].
+/// dtype : {"float32", "float64"} or None
+///     dtype of T; None: that of `rows`.
+///
+/// Returns
+/// -------
+/// projector : torch.Tensor
+///     T, shape (d, d), exactly symmetric.
+/// singular_values : torch.Tensor
+///     Shape (d,), descending, dtype of `rows`; d - r zeros or more at the end: what is below d * eps times the largest is rounding and
+///     counts as 0.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If there are as many rows as columns or more (see `flat_projector`), or an argument is out of its range.
+/// ArithmeticError
+///     If `rows` is not finite throughout.
+/// RuntimeError
+///     If the decomposition does not converge, in float64 either.
+///
+/// References
+/// ----------
+/// Eqs. (3) and (4).
 #[pyfunction]
 #[pyo3(signature = (rows, tau, dtype=None))]
 pub fn flat_projector_from_rows(
@@ -196,7 +354,27 @@ pub fn flat_projector_from_rows(
     Ok((Out(t), Out(values)))
 }
 
-/// orth
+/// Update an orthogonal projector P by one row after the other; `projector` is changed.
+///
+/// For each row r: k = P r, P <- P - k k^T / (alpha + r^T k). This is the recursion of OWM, used by MLA.
+///
+/// Parameters
+/// ----------
+/// projector : torch.Tensor
+///     P, shape (d, d), symmetric, float32 or float64; I to begin with.
+/// rows : torch.Tensor
+///     Shape (n, d), device of `projector`; converted to its dtype.
+/// alphas : list of float
+///     One for each row, finite and above 0, in the unit of the rows squared.
+/// normalise : bool
+///     Divide P by its Frobenius norm after each row, as MLA was released.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If the shapes or devices do not fit, or an alpha is out of its range.
+/// ArithmeticError
+///     If `rows` or `projector`, on the CPU, is not finite throughout; `projector` is as before then.
 #[pyfunction]
 #[pyo3(signature = (projector, rows, alphas, normalise=false))]
 pub fn orthogonal_projector_(
@@ -211,7 +389,29 @@ pub fn orthogonal_projector_(
     })
 }
 
-/// project
+/// Project gradients, in place: gradients[i] <- gradients[i] @ projectors[i].
+///
+/// Parameters
+/// ----------
+/// gradients : list of torch.Tensor
+///     Shapes (out, d), float16, bfloat16, float32 or float64, all on one device. They keep dtype, strides and storage.
+/// projectors : list of torch.Tensor
+///     Shapes (d, d), float32 or float64, one for each gradient. The product is computed in the wider dtype of the two.
+///
+/// Returns
+/// -------
+/// torch.Tensor
+///     Shape (len(gradients), 3), float64 on the CPU, float32 elsewhere: norm before, norm after, and the cosine between both (1 where a
+///     norm is 0). Nothing waits for the device.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If numbers, shapes, dtypes or devices do not fit; nothing is changed then.
+///
+/// References
+/// ----------
+/// Eqs. (5) and (9).
 #[pyfunction]
 #[pyo3(signature = (gradients, projectors))]
 pub fn project_(mut gradients: Ins, projectors: Ins) -> PyResult<Out> {
@@ -222,7 +422,26 @@ pub fn project_(mut gradients: Ins, projectors: Ins) -> PyResult<Out> {
     )?))
 }
 
-/// project update
+/// Project what an optimizer has done to weights, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ projectors[i].
+///
+/// Parameters
+/// ----------
+/// weights : list of torch.Tensor
+///     Shapes (out, d), of floating point, all on one device; after the update.
+/// before : list of torch.Tensor
+///     The same before the update, shapes and dtypes of `weights`. Not changed.
+/// projectors : list of torch.Tensor
+///     Shapes (d, d), float32 or float64, one for each of `weights`.
+///
+/// Returns
+/// -------
+/// torch.Tensor
+///     Shape (len(weights), 3) as of `project_`, for the updates.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If numbers, shapes, dtypes or devices do not fit; nothing is changed then.
 #[pyfunction]
 #[pyo3(signature = (weights, before, projectors))]
 pub fn project_update_(mut weights: Ins, before: Ins, projectors: Ins) -> PyResult<Out> {
@@ -234,7 +453,22 @@ pub fn project_update_(mut weights: Ins, before: Ins, projectors: Ins) -> PyResu
     )?))
 }
 
-/// multiply
+/// The product of projectors in the order given: the first one acts first on a gradient, g @ T1 @ T2.
+///
+/// Parameters
+/// ----------
+/// projectors : list of torch.Tensor
+///     At least one; shapes (d, d), float32 or float64, all of one dtype and on one device. Not changed.
+///
+/// Returns
+/// -------
+/// torch.Tensor
+///     Shape (d, d), a new tensor.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If the list is empty, or shapes, dtypes or devices differ.
 #[pyfunction]
 #[pyo3(signature = (projectors))]
 pub fn multiply(projectors: Ins) -> PyResult<Out> {
@@ -242,7 +476,30 @@ pub fn multiply(projectors: Ins) -> PyResult<Out> {
     Ok(Out(projector::multiply(&projectors.all())?))
 }
 
-/// singular values
+/// Singular values of a covariance on the host, for diagnosis; waits for the device.
+///
+/// Parameters
+/// ----------
+/// matrix : torch.Tensor
+///     A covariance (d, d), or with `rows` a matrix (n, d) of rows. Of floating point, on any device. Not changed.
+/// rows : bool
+///     Whether the covariance is matrix.T @ matrix.
+///
+/// Returns
+/// -------
+/// numpy.ndarray
+///     Shape (d,), float64, descending, at least 0.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If the shape does not fit.
+/// ArithmeticError
+///     If `matrix` is not finite throughout.
+///
+/// References
+/// ----------
+/// Eq. (3).
 #[pyfunction]
 #[pyo3(signature = (matrix, rows=false))]
 pub fn singular_values(
@@ -254,7 +511,27 @@ pub fn singular_values(
     Ok(Array1::from_vec(values).into_pyarray(py))
 }
 
-/// norm
+/// The L2 norm over all gradients together.
+///
+/// Parameters
+/// ----------
+/// gradients : list of torch.Tensor
+///     Dense, of floating point, all on one device; the list may be empty.
+///
+/// Returns
+/// -------
+/// torch.Tensor
+///     0-dim tensor. CPU: float64, summed in float64 in an order that does not depend on the number of threads; 0 for an empty list.
+///     Elsewhere: on that device, float32, or float64 if a gradient is; nothing waits for the device.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If a gradient is sparse or not of floating point, or on another device than the first.
+///
+/// References
+/// ----------
+/// The denominator of Eq. (7).
 #[pyfunction]
 #[pyo3(signature = (gradients))]
 pub fn gradient_norm(gradients: Ins) -> PyResult<Out> {
@@ -262,7 +539,42 @@ pub fn gradient_norm(gradients: Ins) -> PyResult<Out> {
     Ok(Out(sam::gradient_norm(&gradients.all())?))
 }
 
-/// perturb
+/// Climb to the perturbed weights: before[i] <- params[i], params[i] += (rhos[i] / norm) * gradients[i].
+///
+/// The factor is computed in float64 and rounded to the dtype of the tensor, as torch does with `alpha` of `Tensor.add_`. `params` and
+/// `before` are changed; after an exception `params` is as before.
+///
+/// Parameters
+/// ----------
+/// params : list of torch.Tensor
+///     Weights, dense, of floating point, all on one device.
+/// gradients : list of torch.Tensor
+///     Their gradients, of the same shapes. Not changed.
+/// before : list of torch.Tensor
+///     Where the weights are kept, bit for bit; shapes and dtypes of `params`.
+/// norm : torch.Tensor
+///     0-dim tensor on the same device, see `gradient_norm`.
+/// rhos : list of float
+///     For each tensor the radius rho, in the unit of the weights, finite and at least 0.
+/// measure : bool
+///     Whether to report what the perturbation came to. A rho below the resolution of the weights' dtype moves nothing.
+///
+/// Returns
+/// -------
+/// torch.Tensor or None
+///     Shape (3,), float64 on the CPU, float32 elsewhere: L2 norm of the realised perturbation, number of weights that moved, number of
+///     weights with a gradient other than 0. None without `measure`.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If numbers, shapes, dtypes or devices do not fit, or tensors share memory.
+/// ArithmeticError
+///     If `norm`, on the CPU, is 0 or not finite. Elsewhere nothing moves in this case, as that is decided on the device.
+///
+/// References
+/// ----------
+/// Eq. (7).
 #[pyfunction]
 #[pyo3(signature = (params, gradients, before, norm, rhos, measure=true))]
 pub fn perturb_(
@@ -285,7 +597,23 @@ pub fn perturb_(
     Ok(stats.map(Out))
 }
 
-/// restore
+/// Take the weights back, bit for bit and in place: params[i] <- before[i].
+///
+/// Parameters
+/// ----------
+/// params : list of torch.Tensor
+///     Weights; they keep their storage.
+/// before : list of torch.Tensor
+///     What `perturb_` has kept, shapes and dtypes of `params`.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If numbers, shapes, dtypes or devices do not fit, or tensors share memory; nothing is changed then.
+///
+/// References
+/// ----------
+/// Eq. (8): the gradient is taken at the perturbed weights, the step from the unperturbed ones.
 #[pyfunction]
 #[pyo3(signature = (params, before))]
 pub fn restore_(params: Ins, before: Ins) -> PyResult<()> {
@@ -293,7 +621,47 @@ pub fn restore_(params: Ins, before: Ins) -> PyResult<()> {
     Ok(sam::restore_(&params.all(), &before.all())?)
 }
 
-/// at perturbed
+/// Call a function at the perturbed weights and take the weights back, whatever comes of it.
+///
+/// No line of Python runs between the perturbation and `body`, or between `body` and the way back, so that not even a keyboard interrupt
+/// leaves the weights perturbed.
+///
+/// Parameters
+/// ----------
+/// params : list of torch.Tensor
+///     Weights, dense, of floating point, all on one device.
+/// gradients : list of torch.Tensor
+///     Their gradients, of the same shapes. Not changed.
+/// before : list of torch.Tensor
+///     Where the weights are kept, bit for bit; shapes and dtypes of `params`.
+/// norm : torch.Tensor
+///     0-dim tensor on the same device, see `gradient_norm`.
+/// rhos : list of float
+///     For each tensor the radius rho, in the unit of the weights, finite and at least 0.
+/// body : callable
+///     Called without arguments, in the caller's grad mode. If it returns True it has put the weights back itself; after anything else, and
+///     after any exception, they are put back here.
+/// measure : bool
+///     Whether to report what the perturbation came to.
+///
+/// Returns
+/// -------
+/// torch.Tensor or None
+///     Shape (3,), float64 on the CPU, float32 elsewhere: L2 norm of the realised perturbation, number of weights that moved, number of
+///     weights with a gradient other than 0. None without `measure`.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If numbers, shapes, dtypes or devices do not fit, or tensors share memory.
+/// ArithmeticError
+///     If `norm`, on the CPU, is 0 or not finite. Elsewhere nothing moves in this case, as that is decided on the device.
+/// BaseException
+///     Whatever `body` raises, unchanged.
+///
+/// References
+/// ----------
+/// Eqs. (7) and (8).
 #[pyfunction]
 #[pyo3(signature = (params, gradients, before, norm, rhos, body, measure=true))]
 #[allow(clippy::too_many_arguments)] // as many as Python passes
@@ -319,7 +687,30 @@ pub fn at_perturbed(
 /// One entry of `spans`.
 type SpanIn = (usize, f64, f64, f64, f64, bool, bool);
 
-/// sgd
+/// The step of torch.optim.SGD, from the unperturbed weights: the way back and the step in one pass over memory.
+///
+/// The result is that of ``torch.optim.SGD(foreach=False)``, bit for bit. `params` and `momentum_buffers` are changed.
+///
+/// Parameters
+/// ----------
+/// params : list of torch.Tensor
+///     Weights: float32 or float64 on the CPU, dense.
+/// before : list of torch.Tensor
+///     Where the step starts from, shapes, strides and dtypes of `params`; an empty list: from `params` themselves.
+/// gradients : list of torch.Tensor
+///     Shapes, strides and dtypes of `params`. Not changed.
+/// momentum_buffers : list of torch.Tensor or None
+///     Shapes, strides and dtypes of `params`; None where the momentum is 0; an empty list if it is 0 everywhere.
+/// first : list of bool
+///     For each buffer, whether it holds nothing yet and becomes the gradient.
+/// spans : list of tuple
+///     (stop, lr, momentum, dampening, weight_decay, nesterov, maximize): the settings of the tensors before index `stop` and from the
+///     previous `stop` on. The last `stop` is the number of tensors.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If numbers, shapes or dtypes do not fit, tensors share memory, or `sgd_step_possible` is False; nothing is changed then.
 #[pyfunction]
 #[pyo3(signature = (params, before, gradients, momentum_buffers, first, spans))]
 pub fn sgd_step_(
@@ -355,7 +746,21 @@ pub fn sgd_step_(
     )?)
 }
 
-/// possible
+/// Whether `sgd_step_` takes these tensors: CPU, float32 or float64, dense, gradient and buffer strided alike.
+///
+/// Parameters
+/// ----------
+/// params : list of torch.Tensor
+///     Weights.
+/// gradients : list of torch.Tensor
+///     Their gradients.
+/// momentum_buffers : list of torch.Tensor or None
+///     One for each of `params`, or an empty list.
+///
+/// Returns
+/// -------
+/// bool
+///     False also if the lists differ in length.
 #[pyfunction]
 #[pyo3(signature = (params, gradients, momentum_buffers))]
 pub fn sgd_step_possible(params: Ins, gradients: Ins, momentum_buffers: Gappy) -> PyResult<bool> {
@@ -366,14 +771,58 @@ pub fn sgd_step_possible(params: Ins, gradients: Ins, momentum_buffers: Gappy) -
     )?)
 }
 
-/// previous
+/// The modality trained just before: line 9 of Algorithm 1, counted from zero.
+///
+/// Parameters
+/// ----------
+/// active : int
+///     Index of the modality in training, 0 to modalities - 1.
+/// modalities : int
+///     Number of modalities, at least 1.
+///
+/// Returns
+/// -------
+/// int
+///     (active + modalities - 1) mod modalities; with one modality that is the modality itself.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If an argument is out of its range.
+///
+/// References
+/// ----------
+/// Algorithm 1, line 9: k = mod(j + m - 2, m) + 1, counted from one.
 #[pyfunction]
 #[pyo3(signature = (active, modalities))]
 pub fn previous_modality(active: i64, modalities: i64) -> PyResult<i64> {
     Ok(schedule::previous_modality(active, modalities)?)
 }
 
-/// turn
+/// Round and modality of a turn: lines 1 and 2 of Algorithm 1, counted from zero.
+///
+/// Parameters
+/// ----------
+/// index : int
+///     Number of turns before this one, at least 0.
+/// modalities : int
+///     Number of modalities, at least 1.
+///
+/// Returns
+/// -------
+/// round : int
+///     index // modalities.
+/// active : int
+///     index mod modalities.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If an argument is out of its range.
+///
+/// References
+/// ----------
+/// Algorithm 1, lines 1 and 2.
 #[pyfunction]
 #[pyo3(signature = (index, modalities))]
 pub fn turn_at(index: i64, modalities: i64) -> PyResult<(i64, i64)> {
@@ -416,7 +865,30 @@ fn parse_sources(sources: &Bound<'_, PyAny>) -> PyResult<Sources> {
     Ok(Sources::Map(map))
 }
 
-/// sources
+/// For each modality the modalities whose projectors its gradients meet, in the order in which they act.
+///
+/// Parameters
+/// ----------
+/// names : list of str
+///     The modalities in the order of training, all different.
+/// sources : {"previous", "others"} or mapping
+///     "previous": the one trained just before. "others": all others in the order of training, the previous one last. A mapping has an
+///     entry for every modality: None or an empty list (not projected), a name, or a list of names. With one modality both words give
+///     the modality itself.
+///
+/// Returns
+/// -------
+/// list of list of int
+///     For each modality the indices of its sources in `names`.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If a name is unknown, missing or there twice, or `sources` is something else.
+///
+/// References
+/// ----------
+/// Algorithm 1, lines 8 and 9.
 #[pyfunction]
 #[pyo3(signature = (names, sources))]
 pub fn source_lists(names: Vec<String>, sources: &Bound<'_, PyAny>) -> PyResult<Vec<Vec<usize>>> {

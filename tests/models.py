@@ -49,7 +49,7 @@ class SharedHead(nn.Module):
     def options(self):
         """What IGMOptimizer and the reference are told of this model."""
         names = list(self.encoders)
-        return {"modalities": {n: [self.encoders[n]] for n in names}, "heads": dict.fromkeys(names, [self.head])}
+        return {"modalities": {n: [self.encoders[n]] for n in names}, "heads": {n: [self.head] for n in names}}
 
 
 def batches(names, count, dtype=torch.float64, size=9, seed=0):

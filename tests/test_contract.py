@@ -470,7 +470,7 @@ def drive(model, opt, data, steps):
     """Steps [start, stop) of a run of turns of 5 steps each; a turn may be left in the middle and taken up again."""
     position = steps.start
     while position < steps.stop:
-        turn, within = divmod(position, 5)
+        turn = position // 5
         with opt.turn(TWO[turn % 2]):
             while position < steps.stop and position // 5 == turn:
                 opt.step(closure_for(opt, model, TWO[turn % 2], data[TWO[turn % 2]][position]))
@@ -552,7 +552,7 @@ def test_b4_turn_round_modality_and_counters_survive():
     with opt.turn("audio"):
         opt.step(closure_for(opt, model, "audio", data["audio"][4]))
         saved = snapshot(opt)
-    twin, other = build()
+    _, other = build()
     other.load_state_dict(saved)
     assert (other.turns, other.round, other.skipped_steps) == (2, 1, 0)
     assert other.rho == {"audio": 0.03, "video": 0.05}

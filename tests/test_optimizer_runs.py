@@ -12,8 +12,8 @@ BASES = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=1e-2),
 }
 TWO, THREE = ("audio", "video"), ("audio", "video", "text")
-# float64: rounding of some hundred operations. float32: one step's rounding is 6e-8 of weights of order one, and the two
-# sides round in different orders for a few dozen steps.
+# float64: rounding of some hundred operations. float32: one step's rounding is 6e-8 of weights of order one, and the
+# two sides round in different orders for a few dozen steps.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 

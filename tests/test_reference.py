@@ -96,9 +96,7 @@ def test_orthogonal_projector_by_hand():
     near(once, matrix([0.5, 0], [0, 1]))
     twice = paper.orthogonal_projector(torch.eye(2), matrix([1, 0], [2, 2]), [1.0, 0.5])
     near(twice, matrix([0.5 - 1 / 6.5, -2 / 6.5], [-2 / 6.5, 1 - 4 / 6.5]))
-    near(
-        paper.orthogonal_projector(torch.eye(2), matrix([1, 0]), [1.0], normalise=True), once / math.sqrt(1.25), 1e-15
-    )
+    near(paper.orthogonal_projector(torch.eye(2), matrix([1, 0]), [1.0], normalise=True), once / math.sqrt(1.25), 1e-15)
 
 
 # -- Eqs. (5), (7), (8), (9) ------------------------------------------------------------------------------------------

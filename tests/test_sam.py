@@ -180,9 +180,7 @@ def test_perturb_by_hand(device):
     gradients = [torch.tensor([3.0, 0.0], dtype=F64, device=device), torch.tensor([4.0], dtype=F64, device=device)]
     before = [torch.empty_like(p) for p in params]
     norm = torch.tensor(5.0, dtype=F64, device=device)
-    stats = rust.perturb_(
-        params=params, gradients=gradients, before=before, norm=norm, rhos=[0.5, 5.0], measure=True
-    )
+    stats = rust.perturb_(params=params, gradients=gradients, before=before, norm=norm, rhos=[0.5, 5.0], measure=True)
     assert [b.tolist() for b in before] == [[1, 2], [10]]
     assert params[0].tolist() == pytest.approx([1.3, 2.0], rel=1e-15)
     assert params[1].tolist() == [14.0]

@@ -222,6 +222,19 @@ def test_reset_at_the_start_of_a_turn(reset):
     assert opt.param_groups[0]["lr"] == (0.05 if "lr" in reset else 0.025)
 
 
+def test_reset_of_an_lr_that_is_a_tensor():
+    model = OwnHeads().double()
+    base = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1), capturable=False, foreach=False)
+    opt = IGMOptimizer(base, **model.options(), rho=0.0, reset="lr")
+    lr = opt.param_groups[0]["lr"]
+    for t in range(2):
+        with opt.turn("audio"):
+            step(model, opt, "audio", t)
+        assert lr.item() == pytest.approx(0.1)
+        lr.mul_(0.5)
+    assert opt.param_groups[0]["lr"] is lr
+
+
 def test_counters():
     model, opt = make(rho=0.0)
     for i in range(2):

@@ -30,7 +30,7 @@ def base_optimizer(
         ready = kind(params, **base_kwargs)
     if isinstance(ready, torch.optim.LBFGS) or hasattr(ready, "first_step"):
         raise TypeError(
-            f"the base optimizer is a {type(ready).__name__}, expected one whose step() takes the gradients as they are, "
+            f"the base optimizer is a {type(ready).__name__}, expected one whose step() takes gradients as they are, "
             "such as torch.optim.SGD or AdamW"
         )
     return ready

@@ -1,4 +1,4 @@
-"""Hyper-parameters and options, checked once at the entrance: Python's own exception with name, value and expectation."""
+"""Hyper-parameters and options, checked once at the entrance: Python's own exception with name, value, expectation."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def head_layers(
     """
     if head is not None:
         shared = _layers_of(_modules("head", head, model), model, "head")
-        return {name: shared for name in modalities.names}
+        return dict.fromkeys(modalities.names, shared)
     if heads is None:
         return {name: [] for name in modalities.names}
     if not isinstance(heads, (Mapping, nn.ModuleDict)):
@@ -177,4 +177,3 @@ def _linear(name: str, module: nn.Module, where: str) -> Layer:
     if not module.weight.requires_grad:
         raise ValueError(f"{where} takes in layer {name!r} whose weight is frozen, expected requires_grad=True")
     return Layer(name, module)
-

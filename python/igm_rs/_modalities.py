@@ -49,7 +49,9 @@ class Modalities:
         Something that is no module, parameter or prefix.
     """
 
-    def __init__(self, spec: Mapping[str, Any] | nn.ModuleDict | None, groups: list[Group], known: Mapping[torch.Tensor, str]) -> None:
+    def __init__(
+        self, spec: Mapping[str, Any] | nn.ModuleDict | None, groups: list[Group], known: Mapping[torch.Tensor, str]
+    ) -> None:
         self._known = known
         self.modules: dict[str, list[tuple[str, nn.Module]]] = {}
         self.listed: dict[str, dict[torch.Tensor, str]] = {}

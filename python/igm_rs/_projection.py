@@ -40,7 +40,7 @@ class _Made:
 
 @dataclass
 class _Recursion:
-    """What MLA's recursion remembers of one layer: P, the rows it has taken by modality, whether it begins at I next."""
+    """What MLA's recursion remembers of a layer: P, the rows taken by modality, whether it begins at I next."""
 
     projector: torch.Tensor | None = None
     updates: dict[str, int] = field(default_factory=dict)
@@ -268,8 +268,8 @@ class Projection:
     def _warn_left_out(modality: str, count: int) -> None:
         if count:
             warnings.warn(
-                f"{count} rows of features of {modality!r} held a NaN or an infinity and were left out of its covariance; "
-                "look at the encoder's output",
+                f"{count} rows of features of {modality!r} held a NaN or an infinity and were left out of its "
+                "covariance; look at the encoder's output",
                 RuntimeWarning,
                 stacklevel=6,
             )
@@ -279,9 +279,9 @@ class Projection:
         options = self.options
         centred = options.features == "centred"
         rows = everything.rows
-        if options.route == "auto" and not centred and everything.matrix is None and rows is not None:
-            if rows.shape[0] < everything.d:
-                return _Made(*_igm_rs.flat_projector_from_rows(rows, tau, dtype=dtype))
+        few = everything.matrix is None and rows is not None and rows.shape[0] < everything.d
+        if options.route == "auto" and few and not centred:
+            return _Made(*_igm_rs.flat_projector_from_rows(rows, tau, dtype=dtype))
         value = everything.value(centred=centred)
         assert value is not None, "a covariance that holds rows has a value"
         route = "eigh" if options.route == "auto" else options.route

@@ -49,4 +49,7 @@ class Counters:
     @classmethod
     def of(cls, names: Sequence[str], state: Mapping[str, Any]) -> Counters:
         """Return the counters that :meth:`state` gave."""
-        return cls(names, **{key: dict(value) if isinstance(value, Mapping) else value for key, value in state.items()})
+        counters = cls(names)
+        for key, value in state.items():
+            setattr(counters, key, dict(value) if isinstance(value, Mapping) else value)
+        return counters

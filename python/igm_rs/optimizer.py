@@ -190,7 +190,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         )
         roots = [module for mine in self._modalities.modules.values() for _, module in mine]
         self._statistics = Statistics(roots if model is None else [*roots, model])
-        self._initial_lr = [group.get("lr") for group in self.param_groups]
+        self._initial_lr = [_lr_of(group) for group in self.param_groups]
         self._turn: str | None = None
         self._before: dict[torch.Tensor, torch.Tensor] = {}
         self._perturbed: tuple[str | None, list[torch.Tensor], list[torch.Tensor], dict[str, Any]] | None = None
@@ -391,7 +391,7 @@ class IGMOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------------------------
     # Steps (Algorithm 1, lines 5-10)
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Take one step of the active modality.
 
         The active modality is that of the turn; outside any turn the one modality with gradients of its own.
@@ -649,7 +649,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         """Project, let the base optimizer step, and note what was done (Eq. 9; Algorithm 1, line 10)."""
         self._enter(active)
         layers, projectors = self._projection.for_step(active)
-        having = [(l, t) for l, t in zip(layers, projectors, strict=True) if l.module.weight.grad is not None]
+        having = [pair for pair in zip(layers, projectors, strict=True) if pair[0].module.weight.grad is not None]
         weights = [layer.module.weight for layer, _ in having]
         projectors = [projector for _, projector in having]
         if self._project_update and weights:
@@ -755,9 +755,7 @@ class IGMOptimizer(torch.optim.Optimizer):
     def _end_turn(self, modality: str) -> None:
         stepped = self._counters.since[modality] > 0
         try:
-            if stepped and self._refresh != "manual":
-                self._make_projector(modality)
-            elif self._counters.replaced and self._refresh != "manual":
+            if (stepped and self._refresh != "manual") or (self._counters.replaced and self._refresh != "manual"):
                 self._make_projector(modality)
         finally:
             self._counters.turns += 1
@@ -772,8 +770,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         steps, self._counters.since[modality] = self._counters.since[modality], 0
         if needed and any(tau[layer.name] > 0 for layer in unseen):
             raise RuntimeError(
-                f"{modality!r} took {steps} steps and its projected layer {unseen[0]} saw no features, so its projector "
-                "cannot be made: expected the layer's own forward to be called, in training mode, in each first pass"
+                f"{modality!r} took {steps} steps and its projected layer {unseen[0]} saw no features, so its "
+                "projector cannot be made: expected the layer's own forward to be called, in training mode, in each first pass"
             )
 
     def _start_anew(self, active: str) -> None:
@@ -818,8 +816,8 @@ class IGMOptimizer(torch.optim.Optimizer):
             self._warn_once(
                 "perturbation",
                 UserWarning,
-                f"rho = {max(rhos):g} is below the resolution of the weights: the realised perturbation has {length:.2%} "
-                f"of the length asked for and moved {moved or 0:.2%} of them, so SAM does next to nothing; "
+                f"rho = {max(rhos):g} is below the resolution of the weights: the realised perturbation has "
+                f"{length:.2%} of the length asked for and moved {moved or 0:.2%} of them, so SAM does next to nothing; "
                 "0.02 to 0.05 is a usual rho",
             )
 
@@ -845,7 +843,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         check_group(param_group)
         self._base.add_param_group(param_group)
         self._modalities.index(self.param_groups)
-        self._initial_lr.append(self.param_groups[-1].get("lr"))
+        self._initial_lr.append(_lr_of(self.param_groups[-1]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict with one key more, ``"igm"``: tensors and plain values only.
@@ -858,13 +856,13 @@ class IGMOptimizer(torch.optim.Optimizer):
             "version": STATE_VERSION,
             "rho": dict(self.rho),
             "tau": dict(self.tau),
-            "initial_lr": [lr.item() if isinstance(lr, torch.Tensor) else lr for lr in self._initial_lr],
+            "initial_lr": list(self._initial_lr),
             "counters": self._counters.state(),
             "projection": self._projection.state(),
         }
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or a state dict of the bare base optimizer.
 
         Covariances and projectors keep the precision they were saved with. A turn that was open when the state was
@@ -916,13 +914,18 @@ class IGMOptimizer(torch.optim.Optimizer):
             for layer in mine:
                 if self._modalities.group_of(layer.module.weight, name) is None:
                     raise ValueError(
-                        f"the weight of projected layer {layer} of {name!r} is not held by the base optimizer, or belongs "
-                        "to another modality alone; expected it in param_groups and in that modality or in none"
+                        f"the weight of projected layer {layer} of {name!r} is not held by the base optimizer, or "
+                        "belongs to another modality alone; expected it in param_groups and in that modality or in none"
                     )
 
     def _check_groups(self) -> None:
         for group in self.param_groups:
             check_group(group)
+
+
+def _lr_of(group: Mapping[str, Any]) -> float:
+    """The learning rate of a group as a plain number; 0 for an optimizer that has none."""
+    return float(group.get("lr", 0.0))
 
 
 def _finite(norm: torch.Tensor) -> bool:
@@ -934,10 +937,8 @@ def _usable(*norms: torch.Tensor) -> bool:
     return all(math.isfinite(value) and value > 0 for value in map(float, norms))
 
 
-def _parts(
-    gradients: list[torch.Tensor], rhos: list[float], norm: torch.Tensor
-) -> list[tuple[float, torch.Tensor]]:
-    """Each ρ with the norm of the gradients that it is for: what the length of ε* follows from, ρ itself where one is."""
+def _parts(gradients: list[torch.Tensor], rhos: list[float], norm: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
+    """Each ρ with the norm of the gradients that it is for: what the length of ε* follows from."""
     different = sorted(set(rhos))
     if len(different) == 1:
         return [(different[0], norm)]

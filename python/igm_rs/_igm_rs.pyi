@@ -1,0 +1,122 @@
+# Signatures of the compiled module: the arithmetic on tensors (src/*.rs). Whole docstrings are in the module itself, help() shows them.
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__version__: Final[str]
+TORCH_VERSION: Final[str]
+DEBUG: Final[bool]
+
+# Eq. (2): src/covariance.rs
+def batch_rows(features: torch.Tensor, reduce: str) -> torch.Tensor:
+    """Rows by which a batch enters the covariance, Eq. (2): its mean over the batch, or every sample."""
+
+def append_rows_(buffer: torch.Tensor, used: int, rows: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Copy the finite rows into a buffer, behind those that it holds; `buffer` is changed."""
+
+def accumulate_(covariance: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add the outer products of rows to a covariance, which is changed: covariance += rows.T @ rows."""
+
+def centre_(covariance: torch.Tensor, total: torch.Tensor, count: int) -> None:
+    """Turn an uncentred covariance into a centred one, in place: covariance -= outer(total, total) / count."""
+
+def decay_(tensors: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiply tensors by a factor, in place, so that old turns count for less."""
+
+# Eqs. (3)-(5), (9): src/projector.rs
+def flat_projector(
+    covariance: torch.Tensor,
+    tau: float,
+    route: str = "eigh",
+    dtype: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flat projector of a covariance."""
+
+def flat_projector_from_rows(
+    rows: torch.Tensor,
+    tau: float,
+    dtype: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flat projector of rows.T @ rows from fewer rows than columns, without that matrix."""
+
+def orthogonal_projector_(
+    projector: torch.Tensor,
+    rows: torch.Tensor,
+    alphas: Sequence[float],
+    normalise: bool = False,
+) -> None:
+    """Update an orthogonal projector P by one row after the other; `projector` is changed."""
+
+def project_(gradients: Sequence[torch.Tensor], projectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Project gradients, in place: gradients[i] <- gradients[i] @ projectors[i]."""
+
+def project_update_(
+    weights: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    projectors: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Project what an optimizer has done to weights, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ projectors[i]."""
+
+def multiply(projectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The product of projectors in the order given: the first one acts first on a gradient, g @ T1 @ T2."""
+
+def singular_values(matrix: torch.Tensor, rows: bool = False) -> npt.NDArray[np.float64]:
+    """Singular values of a covariance on the host, for diagnosis; waits for the device."""
+
+# Eqs. (6)-(8): src/sam.rs, src/sgd.rs
+def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The L2 norm over all gradients together."""
+
+def perturb_(
+    params: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    norm: torch.Tensor,
+    rhos: Sequence[float],
+    measure: bool = True,
+) -> torch.Tensor | None:
+    """Climb to the perturbed weights: before[i] <- params[i], params[i] += (rhos[i] / norm) * gradients[i]."""
+
+def restore_(params: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> None:
+    """Take the weights back, bit for bit and in place: params[i] <- before[i]."""
+
+def at_perturbed(
+    params: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    norm: torch.Tensor,
+    rhos: Sequence[float],
+    body: Callable[[], object],
+    measure: bool = True,
+) -> torch.Tensor | None:
+    """Call a function at the perturbed weights and take the weights back, whatever comes of it."""
+
+def sgd_step_(
+    params: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    momentum_buffers: Sequence[torch.Tensor | None],
+    first: Sequence[bool],
+    spans: Sequence[tuple[int, float, float, float, float, bool, bool]],
+) -> None:
+    """The step of torch.optim.SGD, from the unperturbed weights: the way back and the step in one pass over memory."""
+
+def sgd_step_possible(
+    params: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    momentum_buffers: Sequence[torch.Tensor | None],
+) -> bool:
+    """Whether `sgd_step_` takes these tensors: CPU, float32 or float64, dense, gradient and buffer strided alike."""
+
+# Algorithm 1, lines 1-2, 8-9: src/schedule.rs
+def previous_modality(active: int, modalities: int) -> int:
+    """The modality trained just before: line 9 of Algorithm 1, counted from zero."""
+
+def turn_at(index: int, modalities: int) -> tuple[int, int]:
+    """Round and modality of a turn: lines 1 and 2 of Algorithm 1, counted from zero."""
+
+def source_lists(names: Sequence[str], sources: str | Mapping[str, str | Sequence[str] | None]) -> list[list[int]]:
+    """For each modality the modalities whose projectors its gradients meet, in the order in which they act."""
