@@ -169,14 +169,16 @@ def test_appended_rows_are_the_finite_ones_in_order(counts, bad):
 
 def test_append_rows_of_any_memory_layout(device):
     rows = w([1, 2], [3, 4], [5, 6], device=device)
-    whole = rows.new_zeros(3, 6)
-    buffer = whole[:, ::3]  # a view with gaps
+    whole = rows.new_zeros(9, 2)
+    buffer = whole[3:6]
     used, _ = rust.append_rows_(buffer, 0, rows.T.contiguous().T)
     assert used == 3
     assert torch.equal(buffer, rows)
-    assert whole[:, 1:3].count_nonzero() == 0
     rust.append_rows_(buffer, 0, rows[:1].expand(3, -1))
     assert buffer.tolist() == [[1, 2]] * 3
+    rust.append_rows_(buffer, 1, torch.stack([rows, 9 * rows], dim=1)[:2, 0])  # rows with gaps between them
+    assert buffer.tolist() == [[1, 2], [1, 2], [3, 4]]
+    assert whole[:3].count_nonzero() == whole[6:].count_nonzero() == 0
 
 
 # -- accumulate_ ------------------------------------------------------------------------------------------------------
@@ -322,6 +324,8 @@ ERRORS = [
     (lambda: rust.append_rows_(V, 0, R[:1]), ValueError, ["buffer", "(2,)"]),
     (lambda: rust.append_rows_(C, 0, R[:1].float()), ValueError, ["rows", "float32", "float64"]),
     (lambda: rust.append_rows_(C.long(), 0, R[:1].long()), ValueError, ["buffer", "int64"]),
+    (lambda: rust.append_rows_(C.T, 0, R[:1]), ValueError, ["buffer", "contiguous"]),
+    (lambda: rust.append_rows_(R, 0, R[:2]), ValueError, ["rows", "shares memory", "buffer"]),
     (lambda: rust.append_rows_(C, 0, None), TypeError, ["rows", "None"]),
     (lambda: rust.accumulate_(R, R), ValueError, ["covariance", "(3, 2)"]),
     (lambda: rust.accumulate_(C, torch.zeros(3, 4, dtype=torch.float64)), ValueError, ["rows", "4"]),

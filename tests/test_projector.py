@@ -138,6 +138,56 @@ def test_dtype_of_the_projector(device, source, target):
         near(projector, expected)
 
 
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
+@pytest.mark.parametrize("tau", [1e-3, 0.4, 0.75, 0.76, 10.0])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("scale", [1.0, 1e150, 1e-150])
+def test_float32_projector_of_a_float64_covariance(device, route, tau, spectrum, scale):
+    # What float32 weights are projected with: the covariance is kept in float64, T alone is rounded.
+    covariance = with_spectrum(spectrum)
+    projector, lambdas = rust.flat_projector((scale * covariance).to(device), tau, route, dtype="float32")
+    assert projector.dtype == F32
+    assert lambdas.dtype == F64
+    assert torch.equal(projector, projector.T)
+    near(projector, paper.flat_projector(covariance, tau))
+    eigenvalues = torch.linalg.eigvalsh(projector.double())
+    assert eigenvalues.min() >= math.exp(-tau) - 1e-6
+    assert eigenvalues.max() <= 1 + 1e-6
+    # A float32 T needs the spectrum no better than float32 has it.
+    near((lambdas / scale / spectrum[0]).to(F32), paper.spectrum(covariance) / spectrum[0])
+
+
+@given(d=st.integers(1, 40), rank=st.integers(0, 40), tau=st.floats(0, 1.5), seed=st.integers(0, 99))
+def test_float32_projector_of_any_features(device, d, rank, tau, seed):
+    torch.manual_seed(seed)
+    rows = torch.randn(rank, d, dtype=F64) + 1  # a mean, which makes one direction stand out
+    covariance = rows.T @ rows
+    expected = paper.flat_projector(covariance, tau)
+    found = [rust.flat_projector(covariance.to(device), tau, dtype="float32")[0]]
+    if rank < d:
+        found.append(rust.flat_projector_from_rows(rows.to(device), tau, dtype="float32")[0])
+    for projector in found:
+        assert torch.equal(projector, projector.T)
+        near(projector, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("tau", [0.4, 3.0])
+@pytest.mark.parametrize(("d", "r"), [(255, 300), (256, 300), (257, 260), (301, 40), (301, 257), (301, 300)])
+def test_projectors_of_hundreds_of_dimensions(device, d, r, tau, dtype):
+    # Products of this size are computed in bands of which the lower half is mirrored.
+    rows = torch.randn(r, d, dtype=F64) + 0.5
+    covariance = rows.T @ rows
+    expected = paper.flat_projector(covariance, tau)
+    found = [rust.flat_projector(covariance.to(device), tau, dtype=dtype)[0]]
+    if r < d:
+        found.append(rust.flat_projector_from_rows(rows.to(device), tau, dtype=dtype)[0])
+    for projector in found:
+        assert torch.equal(projector, projector.T)
+        assert projector.is_contiguous()
+        near(projector, expected)
+
+
 DEGENERATE = {
     "zero": torch.zeros(4, 4, dtype=F64),
     "multiple of I": 7 * torch.eye(4, dtype=F64),
@@ -151,9 +201,11 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("covariance", DEGENERATE.values(), ids=DEGENERATE.keys())
 @pytest.mark.parametrize("route", ROUTES)
-def test_flat_spectrum_gives_the_identity_to_the_bit(device, route, covariance):
-    projector, lambdas = rust.flat_projector(covariance.to(device), 0.4, route)
-    assert torch.equal(projector.cpu(), torch.eye(len(covariance), dtype=F64))
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("tau", [0.4, 10.0])
+def test_flat_spectrum_gives_the_identity_to_the_bit(device, route, covariance, dtype, tau):
+    projector, lambdas = rust.flat_projector(covariance.to(device), tau, route, dtype)
+    assert torch.equal(projector.cpu(), torch.eye(len(covariance), dtype=getattr(torch, dtype)))
     largest = covariance.abs().max()
     torch.testing.assert_close(lambdas.cpu(), largest.expand(len(covariance)), rtol=1e-14, atol=0)
 
@@ -304,10 +356,12 @@ DEPENDENT = {
 
 
 @pytest.mark.parametrize("rows", DEPENDENT.values(), ids=DEPENDENT.keys())
-def test_gram_route_with_dependent_rows(device, rows):
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("tau", [0.4, 2.0])
+def test_gram_route_with_dependent_rows(device, rows, dtype, tau):
     rows = matrix(*rows)
-    projector, _ = rust.flat_projector_from_rows(rows.to(device), 2.0)
-    near(projector, paper.flat_projector(rows.T @ rows, 2.0))
+    projector, _ = rust.flat_projector_from_rows(rows.to(device), tau, dtype)
+    near(projector, paper.flat_projector(rows.T @ rows, tau))
     assert torch.equal(projector, projector.T)
 
 

@@ -1,4 +1,4 @@
-# Signatures of the compiled module: the arithmetic on tensors (src/*.rs). Whole docstrings are in the module itself, help() shows them.
+# Signatures of the compiled module, the arithmetic on tensors (src/*.rs); help() shows the whole docstrings.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -20,7 +20,10 @@ def append_rows_(buffer: torch.Tensor, used: int, rows: torch.Tensor) -> tuple[i
 def accumulate_(covariance: torch.Tensor, rows: torch.Tensor) -> None:
     """Add the outer products of rows to a covariance, which is changed: covariance += rows.T @ rows."""
 
-def centre_(covariance: torch.Tensor, total: torch.Tensor, count: int) -> None:
+def add_rows_(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add the sum of rows to a total, which is changed: what centring needs beside the covariance."""
+
+def centre_(covariance: torch.Tensor, total: torch.Tensor, count: float) -> None:
     """Turn an uncentred covariance into a centred one, in place: covariance -= outer(total, total) / count."""
 
 def decay_(tensors: Sequence[torch.Tensor], factor: float) -> None:
@@ -58,7 +61,7 @@ def project_update_(
     before: Sequence[torch.Tensor],
     projectors: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Project what an optimizer has done to weights, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ projectors[i]."""
+    """Project an update, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ projectors[i]."""
 
 def multiply(projectors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The product of projectors in the order given: the first one acts first on a gradient, g @ T1 @ T2."""

@@ -279,8 +279,8 @@ class Projection:
         options = self.options
         centred = options.features == "centred"
         rows = everything.rows
-        few = everything.matrix is None and rows is not None and rows.shape[0] < everything.d
-        if options.route == "auto" and few and not centred:
+        few = rows is not None and rows.shape[0] < everything.d and everything.matrix is None
+        if options.route == "auto" and not centred and few and rows is not None:
             return _Made(*_igm_rs.flat_projector_from_rows(rows, tau, dtype=dtype))
         value = everything.value(centred=centred)
         assert value is not None, "a covariance that holds rows has a value"

@@ -649,9 +649,13 @@ class IGMOptimizer(torch.optim.Optimizer):
         """Project, let the base optimizer step, and note what was done (Eq. 9; Algorithm 1, line 10)."""
         self._enter(active)
         layers, projectors = self._projection.for_step(active)
-        having = [pair for pair in zip(layers, projectors, strict=True) if pair[0].module.weight.grad is not None]
-        weights = [layer.module.weight for layer, _ in having]
-        projectors = [projector for _, projector in having]
+        having = [
+            (layer, projector, gradient)
+            for layer, projector in zip(layers, projectors, strict=True)
+            if (gradient := layer.module.weight.grad) is not None
+        ]
+        weights = [layer.module.weight for layer, _, _ in having]
+        projectors = [projector for _, projector, _ in having]
         if self._project_update and weights:
             before = self._buffers(weights)
             _igm_rs.restore_(before, weights)
@@ -659,12 +663,12 @@ class IGMOptimizer(torch.optim.Optimizer):
             figures["projected"] = _igm_rs.project_update_(weights, before, projectors)
         else:
             if weights:
-                figures["projected"] = _igm_rs.project_([weight.grad for weight in weights], projectors)
+                figures["projected"] = _igm_rs.project_([gradient for _, _, gradient in having], projectors)
             if fused is not None and self._fused is not None:
                 self._fused.step(self._modalities.active[active], *fused)
             else:
                 self._base_step(active)
-        figures["layers"] = [layer.name for layer, _ in having]
+        figures["layers"] = [layer.name for layer, _, _ in having]
         rows = self._tap.take()
         if not self._counters.replaced:
             self._projection.add(active, rows)
@@ -771,7 +775,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         if needed and any(tau[layer.name] > 0 for layer in unseen):
             raise RuntimeError(
                 f"{modality!r} took {steps} steps and its projected layer {unseen[0]} saw no features, so its "
-                "projector cannot be made: expected the layer's own forward to be called, in training mode, in each first pass"
+                "projector cannot be made: expected the layer's own forward to be called, in training mode, in each "
+                "first pass"
             )
 
     def _start_anew(self, active: str) -> None:
@@ -782,9 +787,9 @@ class IGMOptimizer(torch.optim.Optimizer):
                     self.state.pop(p, None)
         if "lr" in self._reset:
             for group, lr in zip(self.param_groups, self._initial_lr, strict=True):
-                if isinstance(group["lr"], torch.Tensor):
+                if isinstance(group.get("lr"), torch.Tensor):
                     group["lr"].fill_(lr)
-                else:
+                elif "lr" in group:
                     group["lr"] = lr
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -817,8 +822,8 @@ class IGMOptimizer(torch.optim.Optimizer):
                 "perturbation",
                 UserWarning,
                 f"rho = {max(rhos):g} is below the resolution of the weights: the realised perturbation has "
-                f"{length:.2%} of the length asked for and moved {moved or 0:.2%} of them, so SAM does next to nothing; "
-                "0.02 to 0.05 is a usual rho",
+                f"{length:.2%} of the length asked for and moved {moved or 0:.2%} of them, so SAM does next to "
+                "nothing; 0.02 to 0.05 is a usual rho",
             )
 
     def _warn_once(self, key: str, category: type[Warning], message: str) -> None:

@@ -37,7 +37,7 @@ except ModuleNotFoundError as missing:
 
 __all__ = ["main"]
 
-STEPS = 400
+STEPS = 800
 """Gradient steps of each modality, unless told otherwise."""
 
 

@@ -106,7 +106,7 @@ def _curves_panel(axes: Axes, data: Results, rows: Sequence[Results]) -> None:
             style = STYLES[row["key"]]
             axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
             label = f"{modality}, {row['label']}"
-            handles += axes.plot(steps, values.mean(0), style, color=colour, linewidth=1.8, label=label)
+            handles += axes.plot(steps, values.mean(0), style, marker=".", color=colour, linewidth=1.8, label=label)
     axes.legend(handles=handles, fontsize=8.5, frameon=False, ncols=max(1, len(handles) // 2), loc="upper left")
     axes.set_ylim(0, 125)
     axes.set_yticks(range(0, 101, 20))

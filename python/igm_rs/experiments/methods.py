@@ -103,8 +103,8 @@ class Settings:
     """
 
     steps: int
-    turn_steps: int = 20
-    batch_size: int = 64
+    turn_steps: int = 40
+    batch_size: int = 32
     momentum: float = 0.9
     weight_decay: float = 1e-4
 

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 LEARNING_RATES = (0.01, 0.03, 0.1)
-"""The grid, the same for every row of every table. At twice the largest most rows of ``mfeat`` diverge."""
+"""The grid, the same for every row of every table."""
 
 UNTUNED_RATE = 0.03
 """Learning rate of every row where nothing is tuned."""
