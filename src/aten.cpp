@@ -8,6 +8,7 @@
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_foreach_sign.h>
 #include <ATen/ops/_foreach_sub.h>
 #include <ATen/ops/empty.h>
 
@@ -212,6 +213,14 @@ int igm_foreach_norm(const Handle* tensors, size_t n, int32_t kind, at::Tensor**
   return guarded(error, [&] {
     const auto dtype = kind < 0 ? std::nullopt : std::make_optional(static_cast<at::ScalarType>(kind));
     give(at::_foreach_norm(gather(tensors, n), 2, dtype), out);
+  });
+}
+
+// How many elements are not zero, counted in `kind` as of igm_foreach_norm.
+int igm_foreach_count(const Handle* tensors, size_t n, int32_t kind, at::Tensor** out, IgmError error) {
+  return guarded(error, [&] {
+    const auto dtype = kind < 0 ? std::nullopt : std::make_optional(static_cast<at::ScalarType>(kind));
+    give(at::_foreach_norm(at::_foreach_sign(gather(tensors, n)), 1, dtype), out);
   });
 }
 

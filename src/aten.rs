@@ -156,6 +156,13 @@ extern "C" {
         out: Made,
         error: ErrorRoom,
     ) -> i32;
+    fn igm_foreach_count(
+        tensors: *const Handle,
+        n: usize,
+        kind: i32,
+        out: Made,
+        error: ErrorRoom,
+    ) -> i32;
     fn igm_foreach_mul_(tensors: *const Handle, n: usize, factor: f64, error: ErrorRoom) -> i32;
     fn igm_foreach_mul(
         tensors: *const Handle,
@@ -405,20 +412,36 @@ pub unsafe fn slice_mut<'a, T>(address: usize, span: Span) -> &'a mut [T] {
     unsafe { std::slice::from_raw_parts_mut((address as *mut T).add(span.start), span.len) }
 }
 
+/// The number of a dtype in C++, for what is summed up; −1 for the tensors' own.
+fn sum_type(kind: Option<Kind>) -> i32 {
+    match kind {
+        Some(Kind::Double) => 7,
+        Some(Kind::Float) => 6,
+        _ => -1,
+    }
+}
+
 /// L2 norm of each tensor, computed in `kind` or else in the tensor's own dtype.
 pub fn foreach_norm(tensors: &[&Tensor], kind: Option<Kind>) -> Result<Vec<Tensor>> {
     if tensors.is_empty() {
         return Ok(Vec::new());
     }
-    let scalar_type = match kind {
-        Some(Kind::Double) => 7,
-        Some(Kind::Float) => 6,
-        _ => -1,
-    };
     let list = handles(tensors);
     // SAFETY: n handles, room for n results.
     made(list.len(), |out, error| unsafe {
-        igm_foreach_norm(list.as_ptr(), list.len(), scalar_type, out, error)
+        igm_foreach_norm(list.as_ptr(), list.len(), sum_type(kind), out, error)
+    })
+}
+
+/// Number of elements of each tensor that are not zero, in `kind` or else in the tensor's own dtype.
+pub fn foreach_count(tensors: &[&Tensor], kind: Option<Kind>) -> Result<Vec<Tensor>> {
+    if tensors.is_empty() {
+        return Ok(Vec::new());
+    }
+    let list = handles(tensors);
+    // SAFETY: n handles, room for n results.
+    made(list.len(), |out, error| unsafe {
+        igm_foreach_count(list.as_ptr(), list.len(), sum_type(kind), out, error)
     })
 }
 

@@ -19,10 +19,10 @@ pub enum Error {
         expected: String,
     },
     /// Something that is not a tensor where a tensor belongs.
-    #[error("{argument}: got {value}, expected {expected}")]
+    #[error("got {value}{place}, expected {expected}")]
     Type {
-        /// Name of the argument, with an index where it is a list.
-        argument: String,
+        /// Empty, or " at index …" where the argument is a list; pyo3 puts the argument's name in front.
+        place: String,
         /// The type that came.
         value: String,
         /// The type that would have been right.
@@ -57,9 +57,9 @@ impl Error {
     }
 
     /// [`Error::Type`] from anything that can be printed.
-    pub fn type_(argument: impl ToString, value: impl ToString, expected: impl ToString) -> Self {
+    pub fn type_(place: impl ToString, value: impl ToString, expected: impl ToString) -> Self {
         Self::Type {
-            argument: argument.to_string(),
+            place: place.to_string(),
             value: value.to_string(),
             expected: expected.to_string(),
         }

@@ -713,8 +713,8 @@ pub fn project_update_(
     let borrowed: Vec<&Tensor> = weights.iter().collect();
     let kinds = check_projection("weights", &borrowed, projectors)?;
     let infos = aten::describe(&borrowed)?;
-    let copies = crate::sam::check_beside("before", before, &borrowed, &infos)?;
-    crate::sam::check_same_dtype("before", &copies, &infos)?;
+    let copies = crate::sam::check_beside("before", before, "weights", &borrowed, &infos)?;
+    crate::sam::check_same_dtype("before", &copies, "weights", &infos)?;
     drop(borrowed);
     let report = report_kind(infos.first());
     let (mut news, mut rows) = (Vec::new(), Vec::new());

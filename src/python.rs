@@ -30,23 +30,24 @@ pub fn check_torch(py: Python<'_>) -> PyResult<()> {
     )))
 }
 
+/// The tensor behind a Python object; `place` says where it was found.
+fn unpack(object: &Bound<'_, PyAny>, place: impl FnOnce() -> String) -> PyResult<Tensor> {
+    // SAFETY: `object` is alive for the whole call.
+    let unpacked =
+        unsafe { Tensor::pyobject_unpack(object.as_ptr().cast::<tch::python::CPyObject>()) };
+    if let Some(tensor) = unpacked.map_err(Error::from)? {
+        return Ok(tensor);
+    }
+    let found = object.get_type().fully_qualified_name()?;
+    Err(Error::type_(place(), found, "torch.Tensor").into())
+}
+
 /// A tensor from Python.
 pub struct In(Tensor);
 
 impl<'py> FromPyObject<'py> for In {
     fn extract_bound(object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        // SAFETY: `object` is alive for the whole call.
-        let unpacked =
-            unsafe { Tensor::pyobject_unpack(object.as_ptr().cast::<tch::python::CPyObject>()) };
-        match unpacked.map_err(Error::from)? {
-            Some(tensor) => Ok(Self(tensor)),
-            None => Err(Error::type_(
-                "tensor",
-                object.get_type().fully_qualified_name()?,
-                "torch.Tensor",
-            )
-            .into()),
-        }
+        unpack(object, String::new).map(Self)
     }
 }
 
@@ -77,8 +78,12 @@ impl Ins {
 
 impl<'py> FromPyObject<'py> for Ins {
     fn extract_bound(object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let list: Vec<In> = object.extract()?;
-        Ok(Self(list.into_iter().map(|In(tensor)| tensor).collect()))
+        object
+            .try_iter()?
+            .enumerate()
+            .map(|(index, entry)| unpack(&entry?, || format!(" at index {index}")))
+            .collect::<PyResult<_>>()
+            .map(Self)
     }
 }
 
@@ -94,12 +99,18 @@ impl Gappy {
 
 impl<'py> FromPyObject<'py> for Gappy {
     fn extract_bound(object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let list: Vec<Option<In>> = object.extract()?;
-        Ok(Self(
-            list.into_iter()
-                .map(|entry| entry.map(|In(tensor)| tensor))
-                .collect(),
-        ))
+        object
+            .try_iter()?
+            .enumerate()
+            .map(|(index, entry)| {
+                let entry = entry?;
+                if entry.is_none() {
+                    return Ok(None);
+                }
+                unpack(&entry, || format!(" at index {index}")).map(Some)
+            })
+            .collect::<PyResult<_>>()
+            .map(Self)
     }
 }
 
@@ -112,7 +123,7 @@ fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) ->
     .map_err(PyErr::from)
 }
 
-/// Rows by which a batch enters the covariance, Eq. (2): its mean over the batch, or every sample.
+/// Make the rows by which a batch enters the covariance: its mean over the batch, or every sample.
 ///
 /// Parameters
 /// ----------
@@ -204,7 +215,19 @@ pub fn accumulate_(mut covariance: In, rows: In) -> PyResult<()> {
     Ok(covariance::accumulate_(&mut covariance.0, &rows.0)?)
 }
 
-/// add rows
+/// Add the sum of rows to a total, which is changed: what centring needs beside the covariance.
+///
+/// Parameters
+/// ----------
+/// total : torch.Tensor
+///     Shape (d,), float64 on the CPU, float32 or float64 elsewhere.
+/// rows : torch.Tensor
+///     Shape (n, d), dtype and device of `total`; n may be 0.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If the shapes, dtypes or devices do not fit.
 #[pyfunction]
 #[pyo3(signature = (total, rows))]
 pub fn add_rows_(mut total: In, rows: In) -> PyResult<()> {
@@ -220,13 +243,13 @@ pub fn add_rows_(mut total: In, rows: In) -> PyResult<()> {
 ///     Shape (d, d), the sum of the outer products of `count` rows; float64 on the CPU, float32 or float64 elsewhere.
 /// total : torch.Tensor
 ///     Shape (d,), the sum of the same rows; dtype and device of `covariance`.
-/// count : int
-///     Number of rows, at least 1.
+/// count : float
+///     Number of rows, above 0; not a whole number where old rows count for less.
 ///
 /// Raises
 /// ------
 /// ValueError
-///     If the shapes, dtypes or devices do not fit, or `count` is below 1.
+///     If the shapes, dtypes or devices do not fit, or `count` is not a finite number above 0.
 #[pyfunction]
 #[pyo3(signature = (covariance, total, count))]
 pub fn centre_(mut covariance: In, total: In, count: f64) -> PyResult<()> {
@@ -254,7 +277,7 @@ pub fn decay_(tensors: Ins, factor: f64) -> PyResult<()> {
     Ok(covariance::decay_(&tensors.all(), factor)?)
 }
 
-/// The flat projector of a covariance.
+/// Make the flat projector of a covariance.
 ///
 /// T = V exp(-tau (L - L_min) / (L_max - L_min)) V^T for covariance = V L V^T. T is I exactly if tau is 0 or all eigenvalues are equal up to
 /// rounding.
@@ -306,7 +329,7 @@ pub fn flat_projector(
     Ok((Out(t), Out(values)))
 }
 
-/// The flat projector of rows.T @ rows from fewer rows than columns, without that matrix.
+/// Make the flat projector of rows.T @ rows from fewer rows than columns, without that matrix.
 ///
 /// The eigenvalues come from rows @ rows.T; the smallest one is 0, as there are fewer rows than columns.
 ///
@@ -453,7 +476,7 @@ pub fn project_update_(mut weights: Ins, before: Ins, projectors: Ins) -> PyResu
     )?))
 }
 
-/// The product of projectors in the order given: the first one acts first on a gradient, g @ T1 @ T2.
+/// Multiply projectors in the order given: the first one acts first on a gradient, g @ T1 @ T2.
 ///
 /// Parameters
 /// ----------
@@ -476,7 +499,7 @@ pub fn multiply(projectors: Ins) -> PyResult<Out> {
     Ok(Out(projector::multiply(&projectors.all())?))
 }
 
-/// Singular values of a covariance on the host, for diagnosis; waits for the device.
+/// Compute the singular values of a covariance on the host, for diagnosis; waits for the device.
 ///
 /// Parameters
 /// ----------
@@ -511,7 +534,7 @@ pub fn singular_values(
     Ok(Array1::from_vec(values).into_pyarray(py))
 }
 
-/// The L2 norm over all gradients together.
+/// Compute the L2 norm over all gradients together.
 ///
 /// Parameters
 /// ----------
@@ -687,7 +710,7 @@ pub fn at_perturbed(
 /// One entry of `spans`.
 type SpanIn = (usize, f64, f64, f64, f64, bool, bool);
 
-/// The step of torch.optim.SGD, from the unperturbed weights: the way back and the step in one pass over memory.
+/// Take the step of torch.optim.SGD from the unperturbed weights: way back and step in one pass over memory.
 ///
 /// The result is that of ``torch.optim.SGD(foreach=False)``, bit for bit. `params` and `momentum_buffers` are changed.
 ///
@@ -746,7 +769,7 @@ pub fn sgd_step_(
     )?)
 }
 
-/// Whether `sgd_step_` takes these tensors: CPU, float32 or float64, dense, gradient and buffer strided alike.
+/// Tell whether `sgd_step_` takes these tensors: float32 or float64 on the CPU, dense, all strided alike.
 ///
 /// Parameters
 /// ----------
@@ -771,7 +794,7 @@ pub fn sgd_step_possible(params: Ins, gradients: Ins, momentum_buffers: Gappy) -
     )?)
 }
 
-/// The modality trained just before: line 9 of Algorithm 1, counted from zero.
+/// Find the modality trained just before: line 9 of Algorithm 1, counted from zero.
 ///
 /// Parameters
 /// ----------
@@ -799,7 +822,7 @@ pub fn previous_modality(active: i64, modalities: i64) -> PyResult<i64> {
     Ok(schedule::previous_modality(active, modalities)?)
 }
 
-/// Round and modality of a turn: lines 1 and 2 of Algorithm 1, counted from zero.
+/// Find round and modality of a turn: lines 1 and 2 of Algorithm 1, counted from zero.
 ///
 /// Parameters
 /// ----------
@@ -865,7 +888,7 @@ fn parse_sources(sources: &Bound<'_, PyAny>) -> PyResult<Sources> {
     Ok(Sources::Map(map))
 }
 
-/// For each modality the modalities whose projectors its gradients meet, in the order in which they act.
+/// List for each modality those whose projectors its gradients meet, in the order in which they act.
 ///
 /// Parameters
 /// ----------

@@ -121,49 +121,50 @@ pub fn check_list(argument: &str, tensors: &[&Tensor]) -> Result<Vec<Info>> {
     Ok(infos)
 }
 
-/// `others` fits `params` in number, device and shapes.
+/// The list `argument` fits the list `base` in number, device and shapes.
 pub fn check_beside(
     argument: &str,
     others: &[&Tensor],
-    params: &[&Tensor],
+    base: &str,
+    tensors: &[&Tensor],
     infos: &[Info],
 ) -> Result<Vec<Info>> {
-    if others.len() != params.len() {
+    if others.len() != tensors.len() {
         return Err(Error::value(
             argument,
             format_args!("{} tensors", others.len()),
-            format_args!("{}, one for each of params", params.len()),
+            format_args!("{}, one for each of {base}", tensors.len()),
         ));
     }
     let described = check_list(argument, others)?;
-    if let (Some(other), Some(param)) = (described.first(), infos.first()) {
-        if !other.is_beside(param) {
+    if let (Some(other), Some(first)) = (described.first(), infos.first()) {
+        if !other.is_beside(first) {
             return Err(Error::value(
                 argument,
                 other.device(),
-                format_args!("{}, the device of params", param.device()),
+                format_args!("{}, the device of {base}", first.device()),
             ));
         }
     }
-    if let Some(index) = aten::first_other_shape(params, others)? {
+    if let Some(index) = aten::first_other_shape(tensors, others)? {
         let shape = |infos: &[Info]| infos.get(index).map(Info::shape).unwrap_or_default();
         return Err(Error::value(
             format_args!("{argument}[{index}]"),
             format_args!("shape {}", shape(&described)),
-            format_args!("{}, the shape of params[{index}]", shape(infos)),
+            format_args!("{}, the shape of {base}[{index}]", shape(infos)),
         ));
     }
     Ok(described)
 }
 
-/// Copies must have the dtype of what they are copies of, or they are none.
-pub fn check_same_dtype(argument: &str, others: &[Info], params: &[Info]) -> Result<()> {
-    for (index, (other, param)) in others.iter().zip(params).enumerate() {
-        if other.scalar_type != param.scalar_type {
+/// The list `argument` has the dtypes of the list `base`: without these a copy is none.
+pub fn check_same_dtype(argument: &str, others: &[Info], base: &str, infos: &[Info]) -> Result<()> {
+    for (index, (other, info)) in others.iter().zip(infos).enumerate() {
+        if other.scalar_type != info.scalar_type {
             return Err(Error::value(
                 format_args!("{argument}[{index}]"),
                 other.dtype(),
-                format_args!("{}, the dtype of params[{index}]", param.dtype()),
+                format_args!("{}, the dtype of {base}[{index}]", info.dtype()),
             ));
         }
     }
@@ -203,7 +204,7 @@ impl<T: Real> Loop for SquareSum<'_, T> {
 pub fn gradient_norm(gradients: &[&Tensor]) -> Result<Tensor> {
     let infos = check_list("gradients", gradients)?;
     if infos.first().is_some_and(|info| !info.is_cpu()) {
-        return norm_of_norms(gradients, &infos);
+        return Ok(gathered(gradients, &infos, aten::foreach_norm)?.f_norm()?);
     }
     let Paths { fused, general } = Paths::of(&[gradients])?;
     let kept = pick(&infos, &fused);
@@ -234,20 +235,26 @@ pub fn gradient_norm(gradients: &[&Tensor]) -> Result<Tensor> {
     Ok(Tensor::f_from_slice(&[sum.sqrt()])?.f_squeeze()?)
 }
 
-/// [`gradient_norm`] on a device, without waiting for it.
-fn norm_of_norms(gradients: &[&Tensor], infos: &[Info]) -> Result<Tensor> {
+/// One number of each tensor, gathered in one tensor; the dtype: float64 on the CPU or if a tensor has it, else float32.
+fn gathered(
+    tensors: &[&Tensor],
+    infos: &[Info],
+    number: impl Fn(&[&Tensor], Option<Kind>) -> Result<Vec<Tensor>>,
+) -> Result<Tensor> {
     let (double, single): (Vec<usize>, Vec<usize>) =
-        (0..gradients.len()).partition(|&index| infos.get(index).is_some_and(is_double));
-    let kind = if double.is_empty() {
-        Kind::Float
-    } else {
+        (0..tensors.len()).partition(|&index| infos.get(index).is_some_and(is_double));
+    let on_cpu = infos.first().is_some_and(Info::is_cpu);
+    let kind = if on_cpu || !double.is_empty() {
         Kind::Double
+    } else {
+        Kind::Float
     };
-    let mut norms = aten::foreach_norm(&pick(gradients, &double), None)?;
-    for norm in aten::foreach_norm(&pick(gradients, &single), Some(Kind::Float))? {
-        norms.push(norm.f_to_dtype(kind, false, false)?);
+    let within = if on_cpu { Kind::Double } else { Kind::Float };
+    let mut numbers = number(&pick(tensors, &double), None)?;
+    for found in number(&pick(tensors, &single), Some(within))? {
+        numbers.push(found.f_to_dtype(kind, false, false)?);
     }
-    Ok(Tensor::f_stack(&norms, 0)?.f_norm()?)
+    Ok(Tensor::f_stack(&numbers, 0)?)
 }
 
 /// What a chunk of the perturbation did.
@@ -323,9 +330,9 @@ fn check_perturb(
     rhos: &[f64],
 ) -> Result<Checked> {
     let infos = check_list("params", params)?;
-    check_beside("gradients", gradients, params, &infos)?;
-    let copies = check_beside("before", before, params, &infos)?;
-    check_same_dtype("before", &copies, &infos)?;
+    check_beside("gradients", gradients, "params", params, &infos)?;
+    let copies = check_beside("before", before, "params", params, &infos)?;
+    check_same_dtype("before", &copies, "params", &infos)?;
     if rhos.len() != params.len() {
         return Err(Error::value(
             "rhos",
@@ -609,34 +616,34 @@ fn measure_general(
     } else {
         Kind::Float
     };
-    let (mut norms, mut moved, mut nonzero) = (Vec::new(), Vec::new(), Vec::new());
-    for (index, info) in infos.iter().enumerate() {
-        let one = [index];
-        let after = converted(&pick(params, &one), work_kind(info))?;
-        let old = converted(&pick(before, &one), work_kind(info))?;
-        let realised = aten::foreach_sub(&borrowed(&after), &borrowed(&old))?;
-        let within = (!is_double(info)).then_some(kind);
-        for norm in aten::foreach_norm(&borrowed(&realised), within)? {
-            norms.push(norm.f_to_dtype(kind, false, false)?);
-        }
-        for (new, old) in after.iter().zip(&old) {
-            moved.push(new.f_ne_tensor(old)?.f_sum(kind)?);
-        }
-        for gradient in pick(gradients, &one) {
-            nonzero.push(gradient.f_ne(0.0)?.f_sum(kind)?);
-        }
-    }
-    let norm = Tensor::f_stack(&norms, 0)?.f_norm()?;
-    let moved = Tensor::f_stack(&moved, 0)?.f_sum(kind)?;
-    let nonzero = Tensor::f_stack(&nonzero, 0)?.f_sum(kind)?;
-    Ok(Some(Tensor::f_stack(&[norm, moved, nonzero], 0)?))
+    let wide = |tensors: &[&Tensor]| -> Result<Vec<Tensor>> {
+        tensors
+            .iter()
+            .zip(infos)
+            .map(|(tensor, info)| Ok(tensor.f_to_dtype(work_kind(info), false, false)?))
+            .collect()
+    };
+    let (after, old) = (wide(params)?, wide(before)?);
+    let realised = aten::foreach_sub(&borrowed(&after), &borrowed(&old))?;
+    let realised = borrowed(&realised);
+    let slopes = aten::describe(gradients)?;
+    let figures = [
+        gathered(&realised, infos, aten::foreach_norm)?.f_norm()?,
+        gathered(&realised, infos, aten::foreach_count)?.f_sum(kind)?,
+        gathered(gradients, &slopes, aten::foreach_count)?.f_sum(kind)?,
+    ];
+    let figures = figures
+        .iter()
+        .map(|figure| Ok(figure.f_to_dtype(kind, false, false)?))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Some(Tensor::f_stack(&figures, 0)?))
 }
 
 /// θ ← before, to the bit and in place (the way back of Eq. (8)).
 pub fn restore_(params: &[&Tensor], before: &[&Tensor]) -> Result<()> {
     let infos = check_list("params", params)?;
-    let copies = check_beside("before", before, params, &infos)?;
-    check_same_dtype("before", &copies, &infos)?;
+    let copies = check_beside("before", before, "params", params, &infos)?;
+    check_same_dtype("before", &copies, "params", &infos)?;
     let Paths { fused, general } = Paths::of(&[params, before])?;
     let kept = pick(&infos, &fused);
     let weights = aten::writable(&optional(&pick(params, &fused)))?;

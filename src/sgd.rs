@@ -239,18 +239,14 @@ fn check_buffers<'a>(
             used.push(buffer);
         }
     }
-    let with_buffer: Vec<usize> = (0..n)
-        .filter(|&index| used.get(index).copied().flatten().is_some())
+    // a parameter without a buffer stands for itself, so that indices agree
+    let buffers: Vec<&Tensor> = used
+        .iter()
+        .zip(params)
+        .map(|(buffer, &param)| buffer.unwrap_or(param))
         .collect();
-    let buffers: Vec<&Tensor> = used.iter().copied().flatten().collect();
-    let theirs = crate::sam::pick(infos, &with_buffer);
-    let described = check_beside(
-        "momentum_buffers",
-        &buffers,
-        &crate::sam::pick(params, &with_buffer),
-        &theirs,
-    )?;
-    check_same_dtype("momentum_buffers", &described, &theirs)?;
+    let described = check_beside("momentum_buffers", &buffers, "params", params, infos)?;
+    check_same_dtype("momentum_buffers", &described, "params", infos)?;
     Ok(used)
 }
 
@@ -267,11 +263,11 @@ pub fn sgd_step_(
     spans: &[Settings],
 ) -> Result<()> {
     let infos = check_list("params", params)?;
-    let slopes = check_beside("gradients", gradients, params, &infos)?;
-    check_same_dtype("gradients", &slopes, &infos)?;
+    let slopes = check_beside("gradients", gradients, "params", params, &infos)?;
+    check_same_dtype("gradients", &slopes, "params", &infos)?;
     if !before.is_empty() {
-        let copies = check_beside("before", before, params, &infos)?;
-        check_same_dtype("before", &copies, &infos)?;
+        let copies = check_beside("before", before, "params", params, &infos)?;
+        check_same_dtype("before", &copies, "params", &infos)?;
     }
     let settings = spread(spans, params.len())?;
     let buffers = check_buffers(momentum_buffers, first, &settings, params, &infos)?;

@@ -52,14 +52,14 @@ class SharedHead(nn.Module):
         return {"modalities": {n: [self.encoders[n]] for n in names}, "heads": {n: [self.head] for n in names}}
 
 
-def batches(names, count, dtype=torch.float64, size=9, seed=0):
+def batches(names, count, dtype=torch.float64, size=9, seed=0, device="cpu"):
     """Return `count` batches (x, y) for each name; the inputs have a mean, so that T has a direction."""
     generator = torch.Generator().manual_seed(seed)
     return {
         n: [
             (
-                torch.randn(size, WIDTHS[n], generator=generator, dtype=torch.float64).to(dtype) + 0.5,
-                torch.randint(CLASSES, (size,), generator=generator),
+                torch.randn(size, WIDTHS[n], generator=generator, dtype=torch.float64).to(device, dtype) + 0.5,
+                torch.randint(CLASSES, (size,), generator=generator).to(device),
             )
             for _ in range(count)
         ]
@@ -87,8 +87,8 @@ def distance(model, other):
 class Pair:
     """A model under IGMOptimizer and its twin under the reference, on the same batches."""
 
-    def __init__(self, model, base, names=("audio", "video"), dtype=torch.float64, **options):
-        self.model = model.to(dtype)
+    def __init__(self, model, base, names=("audio", "video"), dtype=torch.float64, device="cpu", **options):
+        self.model = model.to(device, dtype)
         self.twin = copy.deepcopy(self.model)
         mine = self.model.options()
         if isinstance(model, SharedHead):
@@ -97,7 +97,7 @@ class Pair:
         self.opt = IGMOptimizer(base(self.model.parameters()), **mine, **options)
         self.oracle = Algorithm1(base=base(self.twin.parameters()), **self.twin.options(), **of_the_oracle)
         self.names = names
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.sam = options.get("rho", 0.05) != 0
 
     def step(self, name, batch):
@@ -113,7 +113,7 @@ class Pair:
 
     def run(self, rounds=3, inner=4, alternate=False):
         """Run rounds of turns (or of batches in turn); yield the distance after every step."""
-        data = batches(self.names, rounds * inner, self.dtype)
+        data = batches(self.names, rounds * inner, self.dtype, device=self.device)
         turns = None
         for _, name, index, last in schedule(self.names, rounds, inner, alternate):
             if not alternate and turns is None:

@@ -238,7 +238,7 @@ def test_rows_are_in_the_order_of_the_table_and_single_is_one_for_each_modality(
         methods.rows(["ogm"], ["a", "b"])
 
 
-@pytest.mark.parametrize(("steps", "lengths"), [(40, [20, 20]), (45, [20, 20, 5]), (3, [3])])
+@pytest.mark.parametrize(("steps", "lengths"), [(80, [40, 40]), (85, [40, 40, 5]), (3, [3])])
 def test_turns_use_up_the_budget(steps, lengths):
     assert methods.Settings(steps).turn_lengths == lengths
 
@@ -681,7 +681,7 @@ def test_no_tuning_takes_the_default_and_the_last_round(tmp_path, capsys):
         "--seeds",
         "1",
         "--steps",
-        "21",
+        "41",
         "--no-tuning",
         "--workers",
         "1",

@@ -109,3 +109,27 @@ def test_losses_and_projected_norms_are_those_of_the_reference():
     assert stats["loss"] == pytest.approx(first, abs=1e-12)
     assert stats["loss_perturbed"] == pytest.approx(second, abs=1e-12)
     assert stats["sharpness"] == pytest.approx(second - first, abs=1e-12)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", [OwnHeads, SharedHead])
+@pytest.mark.parametrize("rho", [0.05, 0.0], ids=["sam", "plain"])
+def test_run_equals_reference_on_cuda(kind, base, rho):
+    agree(Pair(kind(TWO), BASES[base], TWO, device="cuda", rho=rho, tau=1.5))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_equals_reference_on_cuda(options):
+    agree(Pair(OwnHeads(THREE), BASES["sgd+momentum+wd"], THREE, device="cuda", **{"tau": 1.5, **options}))
+
+
+@pytest.mark.cuda
+def test_non_finite_features_on_cuda_are_zeros_and_told_at_the_refresh():
+    pair = Pair(OwnHeads(), BASES["sgd"], device="cuda", rho=0.0, features="samples")
+    layer = pair.model.heads["audio"][0]
+    with pytest.warns(RuntimeWarning, match="1 rows of features of 'audio'"), pair.opt.collect("audio"):
+        layer(torch.tensor([[1.0] * 8, [float("nan")] * 8], dtype=torch.float64, device="cuda"))
+    expected = torch.ones(8, 8, dtype=torch.float64, device="cuda")
+    torch.testing.assert_close(pair.opt.covariances["audio"]["audio.0"], expected)

@@ -21,7 +21,8 @@ class Covariance:
     """Sum of outer products of d-dimensional rows, uncentred, with what centring needs beside it.
 
     Rows are buffered, so that one product serves many batches (Eq. 2). Until d of them have come only the rows are
-    held. On the CPU everything is float64, on CUDA at least float32.
+    held. On the CPU everything is float64; on CUDA at least float32, and rows left out are zeros there, so that
+    nobody waits for the device.
     """
 
     def __init__(self, d: int, *, only_rows: bool = False) -> None:
@@ -31,7 +32,7 @@ class Covariance:
         self.buffer: torch.Tensor | None = None
         self.used = 0
         self.total: torch.Tensor | None = None
-        self.count = 0.0
+        self.count: torch.Tensor | float = 0.0
         self.left_out: torch.Tensor | int = 0
 
     def __bool__(self) -> bool:
@@ -53,12 +54,13 @@ class Covariance:
             return
         before = self.used
         self.used, left_out = _igm_rs.append_rows_(self.buffer, self.used, rows)
-        self.left_out = self.left_out + (int(left_out) if left_out.device.type == "cpu" else left_out)
+        on_cpu = left_out.device.type == "cpu"  # elsewhere nobody waits for the number
+        self.left_out = self.left_out + (int(left_out) if on_cpu else left_out)
         added = self.buffer[before : self.used]
         if self.total is None:
             self.total = torch.zeros(self.d, dtype=self.buffer.dtype, device=self.buffer.device)
         _igm_rs.add_rows_(self.total, added)
-        self.count += self.used - before
+        self.count = self.count + (self.used - before) - (0 if on_cpu else left_out)
         if not held_as_rows and self.used >= _MOST:
             self.flush()
 
@@ -95,7 +97,7 @@ class Covariance:
             _igm_rs.decay_([self.rows], factor**0.5)
         if self.total is not None:
             _igm_rs.decay_([self.total], factor)
-        self.count *= factor
+        self.count = self.count * factor
 
     def value(self, *, centred: bool = False) -> torch.Tensor | None:
         """Ȳ as a new (d, d) matrix, Σ z zᵀ, or Σ (z − μ)(z − μ)ᵀ when `centred`; None before the first row."""
@@ -105,8 +107,8 @@ class Covariance:
         result.matrix = None if self.matrix is None else self.matrix.clone()
         result.buffer, result.used = self.buffer, self.used
         result.flush()
-        if centred and result.matrix is not None and self.total is not None and self.count > 0:
-            _igm_rs.centre_(result.matrix, self.total, self.count)
+        if centred and result.matrix is not None and self.total is not None and float(self.count) > 0:
+            _igm_rs.centre_(result.matrix, self.total, float(self.count))
         return result.matrix
 
     def state(self) -> dict[str, Any]:

@@ -6,13 +6,41 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+__all__ = [
+    "DEBUG",
+    "TORCH_VERSION",
+    "__version__",
+    "accumulate_",
+    "add_rows_",
+    "append_rows_",
+    "at_perturbed",
+    "batch_rows",
+    "centre_",
+    "decay_",
+    "flat_projector",
+    "flat_projector_from_rows",
+    "gradient_norm",
+    "multiply",
+    "orthogonal_projector_",
+    "perturb_",
+    "previous_modality",
+    "project_",
+    "project_update_",
+    "restore_",
+    "sgd_step_",
+    "sgd_step_possible",
+    "singular_values",
+    "source_lists",
+    "turn_at",
+]
+
 __version__: Final[str]
 TORCH_VERSION: Final[str]
 DEBUG: Final[bool]
 
 # Eq. (2): src/covariance.rs
 def batch_rows(features: torch.Tensor, reduce: str) -> torch.Tensor:
-    """Rows by which a batch enters the covariance, Eq. (2): its mean over the batch, or every sample."""
+    """Make the rows by which a batch enters the covariance: its mean over the batch, or every sample."""
 
 def append_rows_(buffer: torch.Tensor, used: int, rows: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Copy the finite rows into a buffer, behind those that it holds; `buffer` is changed."""
@@ -36,14 +64,14 @@ def flat_projector(
     route: str = "eigh",
     dtype: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The flat projector of a covariance."""
+    """Make the flat projector of a covariance."""
 
 def flat_projector_from_rows(
     rows: torch.Tensor,
     tau: float,
     dtype: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The flat projector of rows.T @ rows from fewer rows than columns, without that matrix."""
+    """Make the flat projector of rows.T @ rows from fewer rows than columns, without that matrix."""
 
 def orthogonal_projector_(
     projector: torch.Tensor,
@@ -64,14 +92,14 @@ def project_update_(
     """Project an update, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ projectors[i]."""
 
 def multiply(projectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The product of projectors in the order given: the first one acts first on a gradient, g @ T1 @ T2."""
+    """Multiply projectors in the order given: the first one acts first on a gradient, g @ T1 @ T2."""
 
 def singular_values(matrix: torch.Tensor, rows: bool = False) -> npt.NDArray[np.float64]:
-    """Singular values of a covariance on the host, for diagnosis; waits for the device."""
+    """Compute the singular values of a covariance on the host, for diagnosis; waits for the device."""
 
 # Eqs. (6)-(8): src/sam.rs, src/sgd.rs
 def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The L2 norm over all gradients together."""
+    """Compute the L2 norm over all gradients together."""
 
 def perturb_(
     params: Sequence[torch.Tensor],
@@ -105,21 +133,21 @@ def sgd_step_(
     first: Sequence[bool],
     spans: Sequence[tuple[int, float, float, float, float, bool, bool]],
 ) -> None:
-    """The step of torch.optim.SGD, from the unperturbed weights: the way back and the step in one pass over memory."""
+    """Take the step of torch.optim.SGD from the unperturbed weights: way back and step in one pass over memory."""
 
 def sgd_step_possible(
     params: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
     momentum_buffers: Sequence[torch.Tensor | None],
 ) -> bool:
-    """Whether `sgd_step_` takes these tensors: CPU, float32 or float64, dense, gradient and buffer strided alike."""
+    """Tell whether `sgd_step_` takes these tensors: float32 or float64 on the CPU, dense, all strided alike."""
 
 # Algorithm 1, lines 1-2, 8-9: src/schedule.rs
 def previous_modality(active: int, modalities: int) -> int:
-    """The modality trained just before: line 9 of Algorithm 1, counted from zero."""
+    """Find the modality trained just before: line 9 of Algorithm 1, counted from zero."""
 
 def turn_at(index: int, modalities: int) -> tuple[int, int]:
-    """Round and modality of a turn: lines 1 and 2 of Algorithm 1, counted from zero."""
+    """Find round and modality of a turn: lines 1 and 2 of Algorithm 1, counted from zero."""
 
 def source_lists(names: Sequence[str], sources: str | Mapping[str, str | Sequence[str] | None]) -> list[list[int]]:
-    """For each modality the modalities whose projectors its gradients meet, in the order in which they act."""
+    """List for each modality those whose projectors its gradients meet, in the order in which they act."""

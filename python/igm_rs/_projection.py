@@ -96,12 +96,11 @@ class Projection:
     def add(self, modality: str, rows: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Add rows of `modality`'s layers to its Ȳ; those of other layers are passed over."""
         mine = self.covariances[modality]
-        before = sum(int(turns.present.left_out) for turns in mine.values() if isinstance(turns.present.left_out, int))
+        before = self._left_out(modality)
         for name, new in rows:
             if name in mine:
                 mine[name].present.add(new)
-        after = sum(int(turns.present.left_out) for turns in mine.values() if isinstance(turns.present.left_out, int))
-        self._warn_left_out(modality, after - before)
+        self._warn_left_out(modality, self._left_out(modality) - before)
 
     def empty(self, modality: str) -> dict[str, Covariance]:
         """Return an empty Ȳ for each layer of `modality`, for a pass that collects."""
@@ -129,6 +128,10 @@ class Projection:
         A decomposition that fails leaves T as it was; it is counted in `failures` and warned about.
         """
         made: dict[str, _Made] = {}
+        before = self._left_out(modality)
+        for turns in self.covariances[modality].values():
+            turns.present.left_out = int(turns.present.left_out)
+        self._warn_left_out(modality, self._left_out(modality) - before)
         for layer in self.layers[modality]:
             turns = self.covariances[modality][layer.name]
             everything = turns.all()
@@ -263,6 +266,11 @@ class Projection:
             self.recursions[name] = _Recursion(projector, dict(one["updates"]), one["restart"])
         self.failures = state["failures"]
         self._ready.clear()
+
+    def _left_out(self, modality: str) -> int:
+        """How many rows of the present turn are known to be left out; on CUDA they are not known before a refresh."""
+        counts = (turns.present.left_out for turns in self.covariances[modality].values())
+        return sum(count for count in counts if isinstance(count, int))
 
     @staticmethod
     def _warn_left_out(modality: str, count: int) -> None:

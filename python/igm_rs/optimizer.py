@@ -558,7 +558,8 @@ class IGMOptimizer(torch.optim.Optimizer):
             self._skip(active, figures)
         elif not verdict["done"]:
             self._finish(active, figures)
-        self._judge_perturbation(figures, rhos)
+        if not verdict["skip"]:
+            self._judge_perturbation(figures, rhos)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Parts of a step

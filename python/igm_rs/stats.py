@@ -92,8 +92,10 @@ def effective_perturbation(figures: Mapping[str, Any]) -> tuple[float | None, fl
     if measured is None:
         return None, None
     realised, moved, with_gradient = measured.tolist()
-    squares = [(rho * float(norm)) ** 2 for rho, norm in figures["parts"]]
-    intended = math.sqrt(sum(squares)) / float(figures["grad_norm"])
+    norm = float(figures["grad_norm"])
+    if not (math.isfinite(norm) and norm > 0):
+        return None, None
+    intended = math.sqrt(sum((rho * float(part)) ** 2 for rho, part in figures["parts"])) / norm
     return _ratio(realised, intended), _ratio(moved, with_gradient)
 
 

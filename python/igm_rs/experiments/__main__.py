@@ -37,7 +37,7 @@ except ModuleNotFoundError as missing:
 
 __all__ = ["main"]
 
-STEPS = 800
+STEPS = 600
 """Gradient steps of each modality, unless told otherwise."""
 
 
