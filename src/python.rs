@@ -5,7 +5,8 @@ use numpy::{IntoPyArray, PyArray1};
 use pyo3::exceptions::PyImportError;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyMapping, PyString};
+use pyo3::types::{PyBool, PyMapping, PySequence, PyString};
+use pyo3_tch::PyTensor;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
@@ -32,10 +33,7 @@ pub fn check_torch(py: Python<'_>) -> PyResult<()> {
 
 /// The tensor behind a Python object; `place` says where it was found.
 fn unpack(object: &Bound<'_, PyAny>, place: impl FnOnce() -> String) -> PyResult<Tensor> {
-    // SAFETY: `object` is alive for the whole call.
-    let unpacked =
-        unsafe { Tensor::pyobject_unpack(object.as_ptr().cast::<tch::python::CPyObject>()) };
-    if let Some(tensor) = unpacked.map_err(Error::from)? {
+    if let Ok(PyTensor(tensor)) = object.extract() {
         return Ok(tensor);
     }
     let found = object.get_type().fully_qualified_name()?;
@@ -51,7 +49,7 @@ impl<'py> FromPyObject<'py> for In {
     }
 }
 
-/// A tensor for Python.
+/// A tensor for Python. (pyo3-tch's own type would silently become None where wrapping fails.)
 pub struct Out(Tensor);
 
 impl<'py> IntoPyObject<'py> for Out {
@@ -66,6 +64,15 @@ impl<'py> IntoPyObject<'py> for Out {
     }
 }
 
+/// The object, if it is a sequence: a tensor is none, although one can iterate over it.
+fn sequence<'a, 'py>(object: &'a Bound<'py, PyAny>) -> PyResult<&'a Bound<'py, PyAny>> {
+    if object.downcast::<PySequence>().is_ok() {
+        return Ok(object);
+    }
+    let found = object.get_type().fully_qualified_name()?;
+    Err(Error::type_("", found, "a list of torch.Tensor").into())
+}
+
 /// A list of tensors from Python.
 pub struct Ins(Vec<Tensor>);
 
@@ -78,7 +85,7 @@ impl Ins {
 
 impl<'py> FromPyObject<'py> for Ins {
     fn extract_bound(object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        object
+        sequence(object)?
             .try_iter()?
             .enumerate()
             .map(|(index, entry)| unpack(&entry?, || format!(" at index {index}")))
@@ -99,7 +106,7 @@ impl Gappy {
 
 impl<'py> FromPyObject<'py> for Gappy {
     fn extract_bound(object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        object
+        sequence(object)?
             .try_iter()?
             .enumerate()
             .map(|(index, entry)| {

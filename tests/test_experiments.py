@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -669,6 +670,15 @@ def test_a_lost_process_is_said(mfeat, capsys):
     jobs = [Lethal("mfeat", row("joint", mfeat), TINY, 0.05, seed, 2) for seed in range(2)]
     with pytest.raises(running.ProcessLostError, match=r"a process ended before its run did.*--workers 1"):
         running.run_all(jobs, SHIPPED, 2, "runs")
+    capsys.readouterr()
+
+
+def test_the_error_of_a_run_ends_all_processes_and_comes_out(mfeat, capsys):
+    good = running.Job("mfeat", row("joint", mfeat), dataclasses.replace(TINY, steps=100_000), 0.05, 0, None)
+    bad = running.Job("mfeat", row("joint", mfeat), TINY, 0.05, 0, keep=99)
+    with pytest.raises(ValueError, match="keep is 99"):
+        running.run_all([good, bad], SHIPPED, 2, "runs")
+    assert multiprocessing.active_children() == []
     capsys.readouterr()
 
 

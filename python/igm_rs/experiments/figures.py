@@ -33,8 +33,11 @@ FUSED = {
 
 MODALITY_COLOURS = (BLUE, VERMILION, GREEN, PURPLE)
 
-STYLES = {"joint": "--", "igm": "-"}
-"""Methods of the training curves, with their line styles."""
+STYLES: dict[str, dict[str, Any]] = {
+    "joint": {"linestyle": "--", "marker": "o", "markerfacecolor": "white"},
+    "igm": {"linestyle": "-", "marker": "o"},
+}
+"""Methods of the training curves, with their lines: broken with hollow dots, solid with full dots."""
 
 Results = dict[str, Any]
 
@@ -103,11 +106,12 @@ def _curves_panel(axes: Axes, data: Results, rows: Sequence[Results]) -> None:
         for row in rows:
             steps = [point["steps"] for point in row["runs"][0]["curve"]]
             values = 100 * np.asarray([[point["accuracy"][modality] for point in run["curve"]] for run in row["runs"]])
-            style = STYLES[row["key"]]
+            style = {**STYLES[row["key"]], "color": colour, "linewidth": 1.6, "markersize": 3.5}
             axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
             label = f"{modality}, {row['label']}"
-            handles += axes.plot(steps, values.mean(0), style, marker=".", color=colour, linewidth=1.8, label=label)
-    axes.legend(handles=handles, fontsize=8.5, frameon=False, ncols=max(1, len(handles) // 2), loc="upper left")
+            handles += axes.plot(steps, values.mean(0), label=label, **style)
+    columns = max(1, len(data["modalities"]))
+    axes.legend(handles=handles, fontsize=8.5, frameon=False, ncols=columns, loc="upper left", handlelength=3)
     axes.set_ylim(0, 125)
     axes.set_yticks(range(0, 101, 20))
     axes.spines["left"].set_bounds(0, 100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import queue as queues
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -227,7 +228,8 @@ def run_all(jobs: Sequence[Job], folder: Path, workers: int, what: str) -> list[
     ProcessLostError
         If a process dies, for instance for want of memory.
     """
-    with tqdm(total=sum(job.steps for job in jobs), desc=what, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
+    total = sum(job.steps for job in jobs)
+    with tqdm(total=total, desc=what, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
 
         def show(told: Told) -> None:
             steps, label, seed, loss, right = told
@@ -236,8 +238,11 @@ def run_all(jobs: Sequence[Job], folder: Path, workers: int, what: str) -> list[
             bar.update(steps)
 
         if workers == 1:
-            return [_run_here(job, folder, show) for job in jobs]
-        return _run_beside(jobs, folder, min(workers, len(jobs)), show)
+            outcomes = [_run_here(job, folder, show) for job in jobs]
+        else:
+            outcomes = _run_beside(jobs, folder, min(workers, len(jobs)), show)
+        bar.update(total - bar.n)  # the last reports of a process may still be on their way
+        return outcomes
 
 
 def _run_here(job: Job, folder: Path, tell: Callable[[Told], None]) -> Outcome:
@@ -253,6 +258,7 @@ def _run_here(job: Job, folder: Path, tell: Callable[[Told], None]) -> Outcome:
 def _run_beside(jobs: Sequence[Job], folder: Path, workers: int, show: Callable[[Told], None]) -> list[Outcome]:
     """Do the runs in processes that send their progress through a queue."""
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     told: Queue[Told] = context.Queue()
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (told,)) as pool:
         longest_first = sorted(range(len(jobs)), key=lambda index: -_passes(jobs[index]))
@@ -269,7 +275,8 @@ def _run_beside(jobs: Sequence[Job], folder: Path, workers: int, show: Callable[
                 "a process ended before its run did, most likely for want of memory: try again with --workers 1"
             ) from error
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
             raise
         _drain(told, show)
         return [futures[index].result() for index in range(len(jobs))]
@@ -292,7 +299,8 @@ _queue: list[Any] = []
 
 
 def _start_worker(told: Queue[Told]) -> None:
-    """Prepare a process: one thread, and the queue."""
+    """Prepare a process: one thread, the queue, and interrupts left to the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     _queue[:] = [told]
 
