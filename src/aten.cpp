@@ -1,6 +1,7 @@
 // The few ATen calls that tch lacks: what a list of tensors looks like in memory, multi-tensor operations, torch's thread pool.
 // Every function returns 0, or 1 with the first line of the error in `error`; nothing thrown gets past this file.
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
@@ -34,8 +35,9 @@ struct IgmInfo {
   int32_t kind;  // at::ScalarType
   int32_t device_type;
   int32_t device_index;
-  int32_t strided;     // not sparse, not of an opaque layout
-  int32_t contiguous;  // ordinary and row-major
+  int32_t strided;      // not sparse, not of an opaque layout
+  int32_t contiguous;   // ordinary and row-major
+  int32_t overlapping;  // several elements in one place, as after expand
 };
 
 /// Room for an error text.
@@ -130,6 +132,7 @@ int igm_describe(const Handle* tensors, size_t n, IgmInfo* out, IgmError error) 
       info.device_index = t.device().index();
       info.strided = t.layout() == at::kStrided ? 1 : 0;
       info.contiguous = ordinary(t) && t.is_contiguous() ? 1 : 0;
+      info.overlapping = info.strided != 0 && at::has_internal_overlap(t) == at::MemOverlap::Yes ? 1 : 0;
     }
   });
 }

@@ -46,6 +46,8 @@ pub struct Info {
     pub strided: i32,
     /// 1 for a row-major tensor with memory of its own and no Python subclass that computes differently.
     pub contiguous: i32,
+    /// 1 if several elements lie in one place, as after `expand`.
+    pub overlapping: i32,
 }
 
 impl Info {
@@ -216,6 +218,18 @@ pub fn floating(argument: impl ToString, info: &Info) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Checks that a tensor can be written to: each element in a place of its own.
+pub fn unshared(argument: impl ToString, info: &Info) -> Result<()> {
+    if info.overlapping == 0 {
+        return Ok(());
+    }
+    Err(Error::value(
+        argument,
+        "an expanded tensor, several elements in one place",
+        "a tensor that can be changed",
+    ))
 }
 
 /// Checks that `tensor` is a dense floating-point matrix.

@@ -37,6 +37,7 @@ fn check_covariance(covariance: &Tensor) -> Result<Info> {
         ));
     }
     check_working("covariance", &info)?;
+    aten::unshared("covariance", &info)?;
     Ok(info)
 }
 
@@ -110,6 +111,7 @@ pub fn batch_rows(features: &Tensor, reduce: Reduce) -> Result<Tensor> {
 pub fn append_rows_(buffer: &Tensor, used: i64, rows: &Tensor) -> Result<(i64, Tensor)> {
     let room = aten::matrix("buffer", buffer)?;
     check_working("buffer", &room)?;
+    aten::unshared("buffer", &room)?;
     let info = aten::matrix("rows", rows)?;
     check_alike("rows", &info, "buffer", &room)?;
     let ([capacity, d, ..], [n, columns, ..]) = (room.sizes, info.sizes);
@@ -212,6 +214,7 @@ pub fn add_rows_(total: &mut Tensor, rows: &Tensor) -> Result<()> {
     let info = aten::describe_one(total)?;
     aten::floating("total", &info)?;
     check_working("total", &info)?;
+    aten::unshared("total", &info)?;
     let other = aten::matrix("rows", rows)?;
     check_alike("rows", &other, "total", &info)?;
     if info.dim != 1 || info.sizes[0] != other.sizes[1] {
@@ -251,6 +254,7 @@ pub fn centre_(covariance: &mut Tensor, total: &Tensor, count: f64) -> Result<()
 pub fn decay_(tensors: &[&Tensor], factor: f64) -> Result<()> {
     for (index, info) in aten::describe(tensors)?.iter().enumerate() {
         aten::floating(format_args!("tensors[{index}]"), info)?;
+        aten::unshared(format_args!("tensors[{index}]"), info)?;
     }
     if !factor.is_finite() {
         return Err(Error::value("factor", factor, "a finite number"));

@@ -443,6 +443,7 @@ pub fn orthogonal_projector_(
 ) -> Result<()> {
     let info = check_square("projector", projector)?;
     let kind = check_full_precision("projector", &info)?;
+    aten::unshared("projector", &info)?;
     let other = aten::matrix("rows", rows)?;
     let [n, d, ..] = other.sizes;
     if d != info.sizes[0] || !other.is_beside(&info) {
@@ -519,6 +520,7 @@ fn check_projection(
         ));
     }
     let infos = crate::sam::check_list(argument, matrices)?;
+    crate::sam::check_unshared(argument, &infos)?;
     let mut kinds = Vec::with_capacity(matrices.len());
     for (index, (info, projector)) in infos.iter().zip(projectors).enumerate() {
         let name = format!("{argument}[{index}]");

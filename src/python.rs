@@ -704,6 +704,10 @@ pub fn at_perturbed(
     body: &Bound<'_, PyAny>,
     measure: bool,
 ) -> PyResult<Option<Out>> {
+    if !body.is_callable() {
+        let found = body.get_type().fully_qualified_name()?;
+        return Err(Error::type_(" for body", found, "a callable").into());
+    }
     let stats = sam::at_perturbed(
         (&params.all(), &gradients.all(), &before.all()),
         &norm.0,

@@ -121,6 +121,14 @@ pub fn check_list(argument: &str, tensors: &[&Tensor]) -> Result<Vec<Info>> {
     Ok(infos)
 }
 
+/// Every tensor of a list can be written to.
+pub fn check_unshared(argument: &str, infos: &[Info]) -> Result<()> {
+    infos
+        .iter()
+        .enumerate()
+        .try_for_each(|(index, info)| aten::unshared(format_args!("{argument}[{index}]"), info))
+}
+
 /// The list `argument` fits the list `base` in number, device and shapes.
 pub fn check_beside(
     argument: &str,
@@ -330,9 +338,11 @@ fn check_perturb(
     rhos: &[f64],
 ) -> Result<Checked> {
     let infos = check_list("params", params)?;
+    check_unshared("params", &infos)?;
     check_beside("gradients", gradients, "params", params, &infos)?;
     let copies = check_beside("before", before, "params", params, &infos)?;
     check_same_dtype("before", &copies, "params", &infos)?;
+    check_unshared("before", &copies)?;
     if rhos.len() != params.len() {
         return Err(Error::value(
             "rhos",
@@ -642,6 +652,7 @@ fn measure_general(
 /// θ ← before, to the bit and in place (the way back of Eq. (8)).
 pub fn restore_(params: &[&Tensor], before: &[&Tensor]) -> Result<()> {
     let infos = check_list("params", params)?;
+    check_unshared("params", &infos)?;
     let copies = check_beside("before", before, "params", params, &infos)?;
     check_same_dtype("before", &copies, "params", &infos)?;
     let Paths { fused, general } = Paths::of(&[params, before])?;

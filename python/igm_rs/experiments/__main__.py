@@ -19,6 +19,7 @@ try:
     from .methods import METHODS, Row, Settings, rows
     from .protocol import protocol
     from .running import (
+        FIRST_SEED,
         LEARNING_RATES,
         TUNING_SEEDS,
         UNTUNED_RATE,
@@ -72,7 +73,7 @@ def _run(sets: Sequence[DataSet], options: argparse.Namespace) -> None:
     jobs = [
         Job(data.name, row, settings, choice.learning_rate, seed, choice.keep)
         for (data, row), choice in zip(lines, choices, strict=True)
-        for seed in range(options.seeds)
+        for seed in range(FIRST_SEED, FIRST_SEED + options.seeds)
     ]
     outcomes = run_all(jobs, options.data, options.workers, "training")
     parts: dict[str, list[tables.Line]] = {data.name: [] for data in sets}

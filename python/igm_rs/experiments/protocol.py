@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .methods import RHO, TAU, Settings
-from .running import LEARNING_RATES, TUNING_SEEDS, UNTUNED_RATE
+from .running import FIRST_SEED, LEARNING_RATES, TUNING_SEEDS, UNTUNED_RATE
 
 __all__ = ["protocol"]
 
@@ -43,7 +43,8 @@ def protocol(settings: Settings, seeds: int, workers: int, *, tuned: bool) -> li
             f"Choice: learning rate (of {grid}) and round are chosen for each row by the validation accuracy of its "
             f"fused prediction (sum of logits), mean over {len(TUNING_SEEDS)} seeds that the final runs do not use and "
             "over three neighbouring rounds. These runs hold no test data. A final run opens the test split once, "
-            "after training and calibration."
+            f"after training and calibration. Final seeds begin at {FIRST_SEED}: test results of seeds 0 to 2 had been "
+            "seen while the width of the encoders and the budget were settled."
         )
     else:
         choice = (
