@@ -628,7 +628,7 @@ def test_a_short_run_of_everything(tmp_path, capsys, few):
     printed = capsys.readouterr()
     assert status == 0, printed.err
     assert "watch: exercises of unseen people" in printed.out
-    assert "IGM, seed 1, loss" in printed.err
+    assert "IGM, seed 101, loss" in printed.err
     written = {path.name: path for path in (tmp_path / "new" / "out").iterdir()}
     assert set(written) == {"results.json", "runs.csv", "summary.csv", "tables.md", "accuracy.png", "curves.png"}
     assert all(written[name].read_bytes().startswith(b"\x89PNG") for name in ("accuracy.png", "curves.png"))
