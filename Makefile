@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 3
-OUT ?= results
+OUT ?= results/seeds-$(SEEDS)
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
@@ -28,7 +28,7 @@ $(VENV)/.installed: $(VENV)/.build-tools $(SOURCES)
 	touch $@
 
 demo: install
-	$(BIN)/python -m igm_rs.experiments --data data --out $(OUT)/demo --seeds $(SEEDS) $(DEMO_FLAGS)
+	$(BIN)/python -m igm_rs.experiments --data data --out $(OUT) --seeds $(SEEDS) $(DEMO_FLAGS)
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

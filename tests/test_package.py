@@ -120,7 +120,7 @@ def test_import_without_torch(tmp_path):
     result = python("import sys; sys.modules['torch'] = None; import igm_rs", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        f"ImportError: igm_rs needs torch {_igm_rs.TORCH_VERSION}, and no torch is installed: "
+        f"ImportError: igm_rs needs torch=={_igm_rs.TORCH_VERSION}, and no torch is installed: "
         f"pip install torch=={_igm_rs.TORCH_VERSION}"
     )
 

@@ -11,11 +11,12 @@ __all__: list[str] = []
 
 def _wanted() -> str:
     """Return the torch version that this package was built for, as its metadata pins it."""
-    for requirement in metadata.requires("igm-rs") or []:
-        found = re.match(r"torch\s*==\s*([\w.]+)", requirement)
-        if found:
-            return found.group(1)
-    return "unknown"
+    try:
+        requirements = metadata.requires("igm-rs") or []
+    except metadata.PackageNotFoundError:  # on the path, but not installed
+        requirements = []
+    pins = (re.match(r"torch\s*==\s*([\w.]+)", requirement) for requirement in requirements)
+    return next((f"torch=={pin.group(1)}" for pin in pins if pin), "torch")
 
 
 try:
@@ -23,9 +24,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    raise ImportError(
-        f"igm_rs needs torch {_wanted()}, and no torch is installed: pip install torch=={_wanted()}"
-    ) from None
+    raise ImportError(f"igm_rs needs {_wanted()}, and no torch is installed: pip install {_wanted()}") from None
 
 from . import _igm_rs  # noqa: E402  (raises ImportError naming both versions for another torch)
 
