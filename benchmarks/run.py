@@ -173,7 +173,7 @@ def interleave(ours: Callable[[], Any], peer: Callable[[], Any], seconds: float,
 
 def rows() -> Iterator[tuple[Row, Callable[[], Any], Callable[[], Any], int]]:
     """Yield each comparison with its two sides and the fewest repetitions."""
-    for d, kind, limit, fewest in ((512, "eigh of Ȳ (float64)", 2.0, 15), (2304, "Gram of the rows", 25.0, 3)):
+    for d, kind, limit, fewest in ((512, "flat_projector of a float64 Ȳ, float32 T", 2.0, 15), (2304, "flat_projector_from_rows of float64 rows, float32 T", 25.0, 3)):
         ours, peer, error = projector_pair(d, 558)
         note = f"558 rows, τ = 0.4; error of ours against float64 {error:.1e}"
         yield (
