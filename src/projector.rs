@@ -349,7 +349,7 @@ pub fn flat_projector(
 ///
 /// `R Rᵀ = U Λ_r Uᵀ` gives the non-zero λ and `V_r = Rᵀ U Λ_r^−½`; λ_min = 0, so `T = I + V_r (Σ_r − I) V_rᵀ = I − Rᵀ U Φ Uᵀ R` with
 /// `φ = (1 − exp(−τλ/λ_max))/λ`, which stays bounded as λ → 0. λ below the rounding d·ε·λ_max counts as 0. A float32 T at τ ≤ 0.75 needs no
-/// eigenvectors: UΦUᵀ is a power series in R Rᵀ.
+/// eigenvectors: UΦUᵀ is a power series in R Rᵀ; everything is float32 then, λ too.
 pub fn flat_projector_from_rows(
     rows: &Tensor,
     tau: f64,
@@ -373,20 +373,25 @@ pub fn flat_projector_from_rows(
     if scale == 0.0 {
         return Ok((identity()?, Tensor::f_zeros([d], options)?));
     }
-    let scaled = rows.f_div_scalar(scale)?;
-    let gram = symmetric_product(&scaled, &scaled.f_tr()?, r, kind, &info)?;
     let by_polynomial = wanted == Kind::Float && tau <= POLYNOMIAL_TAU;
+    let kind = if by_polynomial { Kind::Float } else { kind };
+    let scaled = rows.f_div_scalar(scale)?.f_to_dtype(kind, false, false)?;
+    let gram = symmetric_product(&scaled, &scaled.f_tr()?, r, kind, &info)?;
     let (values, vectors) = if by_polynomial {
-        (eigvalsh(&gram, kind)?, None)
+        (eigvalsh(&gram, kind)?.f_clamp_min(0.0)?, None)
     } else {
         let (values, vectors) = eigh(&gram, kind)?;
         (values, Some(vectors))
     };
     let high = values.f_double_value(&[r - 1])?;
-    let negligible = values
-        .f_le(real(d) * epsilon(kind) * high)?
-        .f_sum(Kind::Int64)?
-        .f_int64_value(&[])?;
+    let negligible = if by_polynomial {
+        0 // no division by λ: what is rounding does no harm
+    } else {
+        values
+            .f_le(real(d) * epsilon(kind) * high)?
+            .f_sum(Kind::Int64)?
+            .f_int64_value(&[])?
+    };
     let kept = r - negligible;
     let values = values.f_narrow(0, negligible, kept)?;
     let singular_values = Tensor::f_zeros([d], options)?;
