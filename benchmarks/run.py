@@ -22,6 +22,8 @@ import igm_rs
 from igm_rs import _igm_rs
 
 RHO = 0.05
+BLOCK = 0.25
+"""Seconds that one side runs before the other has its turn; at least one run."""
 SGD = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 1e-4}
 
 
@@ -42,7 +44,8 @@ class Row:
     peer_spread_ms: float = 0.0
     ratio: float = 0.0
     reached: bool = False
-    repeats: int = 0
+    ours_runs: int = 0
+    peer_runs: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,22 +161,30 @@ def step_pair(shapes: list[tuple[int, ...]], peer: str) -> tuple[Callable[[], An
 
 
 def interleave(ours: Callable[[], Any], peer: Callable[[], Any], seconds: float, fewest: int) -> tuple[list, list]:
-    """Run both in turn, in changing order, for about `seconds`; return the times in milliseconds."""
+    """Run blocks of both in turn, in changing order, for about `seconds`; return the time of each run in milliseconds."""
     times: tuple[list[float], list[float]] = ([], [])
     for function in (ours, peer):
         function()
     begin = time.perf_counter()
-    while len(times[0]) < fewest or time.perf_counter() - begin < seconds:
-        for side in (0, 1) if len(times[0]) % 2 else (1, 0):
-            start = time.perf_counter()
-            (ours, peer)[side]()
-            times[side].append((time.perf_counter() - start) * 1e3)
+    blocks = 0
+    while blocks < fewest or time.perf_counter() - begin < seconds:
+        for side in (0, 1) if blocks % 2 else (1, 0):
+            block = start = time.perf_counter()
+            while start - block < BLOCK:
+                (ours, peer)[side]()
+                end = time.perf_counter()
+                times[side].append((end - start) * 1e3)
+                start = end
+        blocks += 1
     return times
 
 
 def rows() -> Iterator[tuple[Row, Callable[[], Any], Callable[[], Any], int]]:
-    """Yield each comparison with its two sides and the fewest repetitions."""
-    for d, kind, limit, fewest in ((512, "flat_projector of a float64 Ȳ, float32 T", 2.0, 15), (2304, "flat_projector_from_rows of float64 rows, float32 T", 25.0, 3)):
+    """Yield each comparison with its two sides and the fewest blocks of each."""
+    for d, kind, limit, fewest in (
+        (512, "flat_projector of a float64 Ȳ, float32 T", 2.0, 15),
+        (2304, "flat_projector_from_rows of float64 rows, float32 T", 25.0, 8),
+    ):
         ours, peer, error = projector_pair(d, 558)
         note = f"558 rows, τ = 0.4; error of ours against float64 {error:.1e}"
         yield (
@@ -195,7 +206,7 @@ def rows() -> Iterator[tuple[Row, Callable[[], Any], Callable[[], Any], int]]:
             f"momentum and weight decay; ours moves 40 B a parameter, {40 * count / 1e6:.0f} MB a step",
         ),
         *step_pair(shapes, "package"),
-        30,
+        15,
     )
     yield (
         Row(
@@ -208,7 +219,7 @@ def rows() -> Iterator[tuple[Row, Callable[[], Any], Callable[[], Any], int]]:
             "momentum and weight decay; all overhead: Python, the boundary to Rust, launches",
         ),
         *step_pair([(8,)] * 124, "foreach"),
-        200,
+        15,
     )
 
 
@@ -218,7 +229,8 @@ def measure(seconds: float) -> list[Row]:
     for row, ours, peer, fewest in (bar := tqdm(list(rows()), unit="row")):
         bar.set_postfix_str(row.name)
         mine, theirs = interleave(ours, peer, seconds, fewest)
-        row.ours_ms, row.peer_ms, row.repeats = median(mine), median(theirs), len(mine)
+        row.ours_ms, row.peer_ms = median(mine), median(theirs)
+        row.ours_runs, row.peer_runs = len(mine), len(theirs)
         row.ours_spread_ms, row.peer_spread_ms = (q[2] - q[0] for q in (quantiles(mine), quantiles(theirs)))
         row.ratio = row.ours_ms / row.peer_ms if row.smaller_is_better else row.peer_ms / row.ours_ms
         row.reached = row.ratio <= row.limit if row.smaller_is_better else row.ratio >= row.limit
@@ -270,11 +282,13 @@ def table(done: list[Row]) -> str:
 
 def page(facts: dict[str, Any], done: list[Row]) -> str:
     """Return the benchmark page."""
-    notes = "\n".join(f"- **{row.name}**: {row.note}. {row.repeats} repetitions a side." for row in done)
+    notes = "\n".join(
+        f"- **{row.name}**: {row.note}. {row.ours_runs} runs of ours, {row.peer_runs} of the peer." for row in done
+    )
     return f"""# Benchmarks
 
-Made by `make bench`: each row runs both sides in turn in one process, in changing order; given are medians, with the
-interquartile range in brackets. For T the ratio is peer ÷ ours (larger is better), for steps ours ÷ peer (smaller is
+Made by `make bench`: each row runs both sides in one process, in turn in blocks of {BLOCK:g} s (at least one run), in
+changing order; given are medians over the runs, with the interquartile range in brackets. For T the ratio is peer ÷ ours (larger is better), for steps ours ÷ peer (smaller is
 better). Measured {facts["date"]} at revision {facts["revision"]} on {facts["processor"]}, {facts["threads"]} threads;
 Python {facts["python"]}, torch {facts["torch"]}, igm-rs {facts["igm_rs"]},
 pytorch_optimizer {facts["pytorch_optimizer"]}.

@@ -164,10 +164,10 @@ fn check_symmetric(scaled: &Tensor, kind: Kind) -> Result<()> {
 /// Sizes from which on a symmetric product is made from its lower half.
 const HALVED: i64 = 256;
 
-/// A B where that is known to be symmetric, exactly symmetric: of four bands the blocks up to the diagonal are computed, the rest mirrored.
+/// A B where that is known to be symmetric, exactly symmetric: of six bands the blocks up to the diagonal are computed, the rest mirrored.
 fn symmetric_product(a: &Tensor, b: &Tensor, d: i64, kind: Kind, info: &Info) -> Result<Tensor> {
     let product = Tensor::f_empty([d, d], (kind, info.home()))?;
-    let band = if d < HALVED { d } else { (d + 3) / 4 };
+    let band = if d < HALVED { d } else { (d + 5) / 6 };
     let mut start = 0;
     while start < d {
         let size = band.min(d - start);
@@ -348,8 +348,8 @@ pub fn flat_projector(
 /// T from the r < d rows R whose `RᵀR` is Ȳ, without making Ȳ.
 ///
 /// `R Rᵀ = U Λ_r Uᵀ` gives the non-zero λ and `V_r = Rᵀ U Λ_r^−½`; λ_min = 0, so `T = I + V_r (Σ_r − I) V_rᵀ = I − Rᵀ U Φ Uᵀ R` with
-/// `φ = (1 − exp(−τλ/λ_max))/λ`, which stays bounded as λ → 0. λ below the rounding d·ε·λ_max counts as 0. A float32 T at τ ≤ 0.75 needs no
-/// eigenvectors: UΦUᵀ is a power series in R Rᵀ; everything is float32 then, λ too.
+/// `φ = (1 − exp(−τλ/λ_max))/λ`, which stays bounded as λ → 0. λ below the rounding d·ε·λ_max counts as 0. For a float32 T at τ ≤ 0.75
+/// float32 is precise enough throughout, for λ too, and then every λ counts: φ → τ/λ_max as λ → 0.
 pub fn flat_projector_from_rows(
     rows: &Tensor,
     tau: f64,
@@ -373,19 +373,15 @@ pub fn flat_projector_from_rows(
     if scale == 0.0 {
         return Ok((identity()?, Tensor::f_zeros([d], options)?));
     }
-    let by_polynomial = wanted == Kind::Float && tau <= POLYNOMIAL_TAU;
-    let kind = if by_polynomial { Kind::Float } else { kind };
+    let single = wanted == Kind::Float && tau <= POLYNOMIAL_TAU;
+    let kind = if single { Kind::Float } else { kind };
     let scaled = rows.f_div_scalar(scale)?.f_to_dtype(kind, false, false)?;
     let gram = symmetric_product(&scaled, &scaled.f_tr()?, r, kind, &info)?;
-    let (values, vectors) = if by_polynomial {
-        (eigvalsh(&gram, kind)?.f_clamp_min(0.0)?, None)
-    } else {
-        let (values, vectors) = eigh(&gram, kind)?;
-        (values, Some(vectors))
-    };
+    let (values, vectors) = eigh(&gram, kind)?;
+    let values = values.f_clamp_min(0.0)?;
     let high = values.f_double_value(&[r - 1])?;
-    let negligible = if by_polynomial {
-        0 // no division by λ: what is rounding does no harm
+    let negligible = if single {
+        0 // φ does not divide by λ there
     } else {
         values
             .f_le(real(d) * epsilon(kind) * high)?
@@ -404,25 +400,15 @@ pub fn flat_projector_from_rows(
     if tau == 0.0 {
         return Ok((identity()?, singular_values));
     }
-    let Some(vectors) = vectors else {
-        // z = τλ/λ_max: φ = (τ/λ_max) (1 − exp(−z))/z = (τ/λ_max) Σ (−z)ᵏ/(k+1)!
-        let z = gram
-            .f_mul_scalar(tau / high)?
-            .f_to_dtype(Kind::Float, false, false)?;
-        let phi = polynomial(&z, (r, tau), &alternating(1.0, 1), &info)?;
-        let unit =
-            scaled
-                .f_mul_scalar((tau / high).sqrt())?
-                .f_to_dtype(Kind::Float, false, false)?;
-        let t = without(&unit.f_tr()?, &phi.f_mm(&unit)?, d, wanted, &info)?;
-        return Ok((t, singular_values));
-    };
-    let factor = values
-        .f_mul_scalar(-tau / high)?
+    // with z = τλ/λ_max: φ = (τ/λ_max) (1 − exp(−z))/z, where the last factor goes to 1 as z → 0
+    let z = values.f_mul_scalar(tau / high)?;
+    let share = z
+        .f_neg()?
         .f_expm1()?
         .f_neg()?
-        .f_div(&values)?
-        .f_sqrt()?;
+        .f_div(&z)?
+        .f_nan_to_num(1.0, 1.0, 1.0)?;
+    let factor = share.f_mul_scalar(tau / high)?.f_sqrt()?;
     let combination = vectors
         .f_narrow(1, negligible, kept)?
         .f_mul(&factor)?
