@@ -161,7 +161,7 @@ def step_pair(shapes: list[tuple[int, ...]], peer: str) -> tuple[Callable[[], An
 
 
 def interleave(ours: Callable[[], Any], peer: Callable[[], Any], seconds: float, fewest: int) -> tuple[list, list]:
-    """Run blocks of both in turn, in changing order, for about `seconds`; return the time of each run in milliseconds."""
+    """Run blocks of both in turn, in changing order, for about `seconds`; return each run's time in milliseconds."""
     times: tuple[list[float], list[float]] = ([], [])
     for function in (ours, peer):
         function()
