@@ -288,10 +288,11 @@ def page(facts: dict[str, Any], done: list[Row]) -> str:
     return f"""# Benchmarks
 
 Made by `make bench`: each row runs both sides in one process, in turn in blocks of {BLOCK:g} s (at least one run), in
-changing order; given are medians over the runs, with the interquartile range in brackets. For T the ratio is peer ÷ ours (larger is better), for steps ours ÷ peer (smaller is
-better). Measured {facts["date"]} at revision {facts["revision"]} on {facts["processor"]}, {facts["threads"]} threads;
-Python {facts["python"]}, torch {facts["torch"]}, igm-rs {facts["igm_rs"]},
-pytorch_optimizer {facts["pytorch_optimizer"]}.
+changing order; given are medians over the runs, with the interquartile range in brackets. For T the ratio is
+peer ÷ ours (larger is better), for steps ours ÷ peer (smaller is better).
+
+Measured {facts["date"]} at revision {facts["revision"]} on {facts["processor"]}, {facts["threads"]} threads; Python
+{facts["python"]}, torch {facts["torch"]}, igm-rs {facts["igm_rs"]}, pytorch_optimizer {facts["pytorch_optimizer"]}.
 A copy moves {facts["copy_gb_per_s"]:.1f} GB/s here.
 
 {table(done)}

@@ -1,5 +1,5 @@
 // The few ATen calls that tch lacks: what a list of tensors looks like in memory, multi-tensor operations, torch's thread pool.
-// Every function returns 0, or 1 with the first line of the error in `error`; nothing thrown gets past this file.
+// Every function that can fail returns 0, or 1 with the first line of the error in `error`; nothing thrown gets past this file.
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorIterator.h>
@@ -12,6 +12,7 @@
 #include <ATen/ops/_foreach_sign.h>
 #include <ATen/ops/_foreach_sub.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -113,6 +114,22 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 }  // namespace
 
 extern "C" {
+
+// Keeps this thread's torch.autocast away from what follows; returns the dispatch keys that were not kept away before.
+uint64_t igm_exclude_autocast() noexcept {
+  c10::impl::LocalDispatchKeySet state = c10::impl::tls_local_dispatch_key_set();
+  const c10::DispatchKeySet added = c10::autocast_dispatch_keyset - state.excluded_;
+  state.excluded_ = state.excluded_ | added;
+  c10::impl::_force_tls_local_dispatch_key_set(state);
+  return added.raw_repr();
+}
+
+// Lets in again what igm_exclude_autocast has returned, on the same thread.
+void igm_include_autocast(uint64_t added) noexcept {
+  c10::impl::LocalDispatchKeySet state = c10::impl::tls_local_dispatch_key_set();
+  state.excluded_ = state.excluded_ - c10::DispatchKeySet(c10::DispatchKeySet::RAW, added);
+  c10::impl::_force_tls_local_dispatch_key_set(state);
+}
 
 int igm_describe(const Handle* tensors, size_t n, IgmInfo* out, IgmError error) {
   return guarded(error, [&] {

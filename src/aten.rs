@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_void};
 use std::ops::AddAssign;
 use std::sync::OnceLock;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, NoGradGuard, Tensor};
 use torch_sys::C_tensor;
 
 use crate::error::{Error, Result};
@@ -123,6 +123,8 @@ impl Info {
 }
 
 extern "C" {
+    fn igm_exclude_autocast() -> u64;
+    fn igm_include_autocast(added: u64);
     fn igm_describe(tensors: *const Handle, n: usize, out: *mut Info, error: ErrorRoom) -> i32;
     fn igm_same_shapes(
         a: *const Handle,
@@ -192,6 +194,33 @@ extern "C" {
         n: usize,
         error: ErrorRoom,
     ) -> i32;
+}
+
+/// While it lives, this thread computes without autograd and in the dtypes that tensors have, whatever `torch.autocast` says.
+///
+/// It cannot leave its thread, as [`NoGradGuard`] cannot.
+#[must_use]
+pub struct Plain {
+    /// The dispatch keys to let in again.
+    excluded: u64,
+    /// Restores the grad mode.
+    _no_grad: NoGradGuard,
+}
+
+/// Begins to compute plainly, until the guard is dropped.
+pub fn plain() -> Plain {
+    Plain {
+        // SAFETY: changes the state of this thread only, and cannot fail.
+        excluded: unsafe { igm_exclude_autocast() },
+        _no_grad: tch::no_grad_guard(),
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        // SAFETY: changes the state of this thread only, the one on which the guard was made, and cannot fail.
+        unsafe { igm_include_autocast(self.excluded) }
+    }
 }
 
 /// Checks for a dense floating-point tensor on the CPU or on CUDA.

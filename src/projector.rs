@@ -1,6 +1,6 @@
 //! The flat projector T from the spectrum of Ȳ (Eqs. (3)–(4)), its use on gradients (Eqs. (5), (9)), and the orthogonal one.
 
-use tch::{Kind, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use crate::aten::{self, Info, Loop, Real};
 use crate::error::{Error, Result};
@@ -103,45 +103,78 @@ fn real(size: i64) -> f64 {
     size as f64
 }
 
-/// λ ascending and the eigenvectors as columns; if it does not converge in float32, again in float64.
-fn eigh(matrix: &Tensor, kind: Kind) -> Result<(Tensor, Tensor)> {
-    match matrix.f_linalg_eigh("L") {
-        Ok(pair) => Ok(pair),
-        Err(error) if kind == Kind::Double => Err(error.into()),
+/// What went wrong in a decomposition: that it does not converge lies in the numbers, everything else in torch.
+fn undecomposed(argument: &str, error: TchError) -> Error {
+    match Error::from(error) {
+        Error::Torch(text) if text.contains("converge") => Error::arithmetic(
+            argument,
+            "a matrix whose decomposition does not converge",
+            "one that can be decomposed",
+        ),
+        other => other,
+    }
+}
+
+/// A decomposition of a matrix of this dtype; if it fails in float32, again in float64.
+fn decomposed<const N: usize>(
+    argument: &str,
+    matrix: &Tensor,
+    kind: Kind,
+    decompose: impl Fn(&Tensor) -> std::result::Result<[Tensor; N], TchError>,
+) -> Result<[Tensor; N]> {
+    match decompose(matrix) {
+        Ok(parts) => Ok(parts),
+        Err(error) if kind == Kind::Double => Err(undecomposed(argument, error)),
         Err(_) => {
-            let (values, vectors) = matrix
-                .f_to_dtype(Kind::Double, false, false)?
-                .f_linalg_eigh("L")?;
-            Ok((
-                values.f_to_dtype(kind, false, false)?,
-                vectors.f_to_dtype(kind, false, false)?,
-            ))
+            let mut parts = decompose(&matrix.f_to_dtype(Kind::Double, false, false)?)
+                .map_err(|error| undecomposed(argument, error))?;
+            for part in &mut parts {
+                *part = part.f_to_dtype(kind, false, false)?;
+            }
+            Ok(parts)
         }
     }
 }
 
-/// λ ascending; if it does not converge in float32, again in float64.
-fn eigvalsh(matrix: &Tensor, kind: Kind) -> Result<Tensor> {
-    match matrix.f_linalg_eigvalsh("L") {
-        Ok(values) => Ok(values),
-        Err(error) if kind == Kind::Double => Err(error.into()),
-        Err(_) => Ok(matrix
-            .f_to_dtype(Kind::Double, false, false)?
-            .f_linalg_eigvalsh("L")?
-            .f_to_dtype(kind, false, false)?),
-    }
+/// λ ascending and the eigenvectors as columns.
+fn eigh(argument: &str, matrix: &Tensor, kind: Kind) -> Result<[Tensor; 2]> {
+    decomposed(argument, matrix, kind, |matrix| {
+        let (values, vectors) = matrix.f_linalg_eigh("L")?;
+        Ok([values, vectors])
+    })
+}
+
+/// λ ascending.
+fn eigvalsh(argument: &str, matrix: &Tensor, kind: Kind) -> Result<Tensor> {
+    let [values] = decomposed(argument, matrix, kind, |matrix| {
+        Ok([matrix.f_linalg_eigvalsh("L")?])
+    })?;
+    Ok(values)
+}
+
+/// λ ascending and the left singular vectors as columns.
+fn svd(argument: &str, matrix: &Tensor, kind: Kind) -> Result<[Tensor; 2]> {
+    let [values, vectors] = decomposed(argument, matrix, kind, |matrix| {
+        let (u, s, _) = matrix.f_svd(true, true)?;
+        Ok([s, u])
+    })?;
+    Ok([
+        values.f_flip([0_i64].as_slice())?,
+        vectors.f_flip([1_i64].as_slice())?,
+    ])
 }
 
 /// λ ascending for a float32 T: in float32, unless λ_max − λ_min is so small that the rounding of either would show.
 fn extent(matrix: &Tensor, d: i64, kind: Kind) -> Result<Tensor> {
     if kind == Kind::Double {
-        let values = eigvalsh(&matrix.f_to_dtype(Kind::Float, false, false)?, Kind::Float)?
-            .f_to_dtype(kind, false, false)?;
+        let single = matrix.f_to_dtype(Kind::Float, false, false)?;
+        let values =
+            eigvalsh("covariance", &single, Kind::Float)?.f_to_dtype(kind, false, false)?;
         if values.f_double_value(&[0])? <= 0.5 * values.f_double_value(&[d - 1])? {
             return Ok(values);
         }
     }
-    eigvalsh(matrix, kind)
+    eigvalsh("covariance", matrix, kind)
 }
 
 /// `eigh` looks at one triangle only, so the other one must say the same, up to rounding.
@@ -295,13 +328,12 @@ pub fn flat_projector(
     let (values, vectors) = match route {
         Route::Eigh if by_polynomial => (extent(&scaled, d, kind)?, None),
         Route::Eigh => {
-            let (values, vectors) = eigh(&scaled, kind)?;
+            let [values, vectors] = eigh("covariance", &scaled, kind)?;
             (values, Some(vectors))
         }
         Route::Svd => {
-            let (u, s, _) = scaled.f_svd(true, true)?;
-            let vectors = u.f_flip([1_i64].as_slice())?;
-            (s.f_flip([0_i64].as_slice())?, Some(vectors))
+            let [values, vectors] = svd("covariance", &scaled, kind)?;
+            (values, Some(vectors))
         }
     };
     let values = values.f_clamp_min(0.0)?;
@@ -349,7 +381,7 @@ pub fn flat_projector(
 ///
 /// `R Rᵀ = U Λ_r Uᵀ` gives the non-zero λ and `V_r = Rᵀ U Λ_r^−½`; λ_min = 0, so `T = I + V_r (Σ_r − I) V_rᵀ = I − Rᵀ U Φ Uᵀ R` with
 /// `φ = (1 − exp(−τλ/λ_max))/λ`, which stays bounded as λ → 0. λ below the rounding d·ε·λ_max counts as 0. For a float32 T at τ ≤ 0.75
-/// float32 is precise enough throughout, for λ too, and then every λ counts: φ → τ/λ_max as λ → 0.
+/// float32 is precise enough throughout, for λ too, and T then takes every λ: φ → τ/λ_max as λ → 0. The λ returned are 0 below the rounding.
 pub fn flat_projector_from_rows(
     rows: &Tensor,
     tau: f64,
@@ -377,22 +409,17 @@ pub fn flat_projector_from_rows(
     let kind = if single { Kind::Float } else { kind };
     let scaled = rows.f_div_scalar(scale)?.f_to_dtype(kind, false, false)?;
     let gram = symmetric_product(&scaled, &scaled.f_tr()?, r, kind, &info)?;
-    let (values, vectors) = eigh(&gram, kind)?;
+    let [values, vectors] = eigh("rows", &gram, kind)?;
     let values = values.f_clamp_min(0.0)?;
     let high = values.f_double_value(&[r - 1])?;
-    let negligible = if single {
-        0 // φ does not divide by λ there
-    } else {
-        values
-            .f_le(real(d) * epsilon(kind) * high)?
-            .f_sum(Kind::Int64)?
-            .f_int64_value(&[])?
-    };
-    let kept = r - negligible;
-    let values = values.f_narrow(0, negligible, kept)?;
+    let rounding = values
+        .f_le(real(d) * epsilon(kind) * high)?
+        .f_sum(Kind::Int64)?
+        .f_int64_value(&[])?;
     let singular_values = Tensor::f_zeros([d], options)?;
-    singular_values.f_narrow(0, 0, kept)?.f_copy_(
+    singular_values.f_narrow(0, 0, r - rounding)?.f_copy_(
         &values
+            .f_narrow(0, rounding, r - rounding)?
             .f_flip([0_i64].as_slice())?
             .f_mul_scalar(scale)?
             .f_mul_scalar(scale)?,
@@ -400,6 +427,9 @@ pub fn flat_projector_from_rows(
     if tau == 0.0 {
         return Ok((identity()?, singular_values));
     }
+    let negligible = if single { 0 } else { rounding };
+    let kept = r - negligible;
+    let values = values.f_narrow(0, negligible, kept)?;
     // with z = τλ/λ_max: φ = (τ/λ_max) (1 − exp(−z))/z, where the last factor goes to 1 as z → 0
     let z = values.f_mul_scalar(tau / high)?;
     let share = z
@@ -797,7 +827,7 @@ pub fn singular_values(matrix: &Tensor, rows: bool) -> Result<Vec<f64>> {
     } else {
         (scaled.f_tr()?.f_matmul(&scaled)?, scale * scale)
     };
-    let ascending = symmetric.f_linalg_eigvalsh("L")?;
+    let ascending = eigvalsh("matrix", &symmetric, Kind::Double)?;
     let count = size.min(usize::try_from(aten::describe_one(&ascending)?.numel).unwrap_or(0));
     let mut found = vec![0.0_f64; count];
     ascending.f_copy_data(&mut found, count)?;

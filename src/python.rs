@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::projector::Route;
 use crate::schedule::Sources;
 use crate::sgd::Settings;
-use crate::{covariance, projector, sam, schedule, sgd};
+use crate::{aten, covariance, projector, sam, schedule, sgd};
 
 /// Refuses to work under a torch that the module was not built for: it would load, and then anything may happen.
 pub fn check_torch(py: Python<'_>) -> PyResult<()> {
@@ -121,10 +121,10 @@ impl<'py> FromPyObject<'py> for Gappy {
     }
 }
 
-/// Lets the GIL go while `work` computes, without autograd.
+/// Lets the GIL go while `work` computes, without autograd and autocast.
 fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
     py.allow_threads(|| {
-        let _no_grad = tch::no_grad_guard();
+        let _plain = aten::plain();
         work()
     })
     .map_err(PyErr::from)
@@ -158,7 +158,7 @@ fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) ->
 #[pyfunction]
 #[pyo3(signature = (features, reduce))]
 pub fn batch_rows(features: In, reduce: &str) -> PyResult<Out> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     let reduce = covariance::Reduce::parse(reduce)?;
     Ok(Out(covariance::batch_rows(&features.0, reduce)?))
 }
@@ -193,7 +193,7 @@ pub fn batch_rows(features: In, reduce: &str) -> PyResult<Out> {
 #[pyfunction]
 #[pyo3(signature = (buffer, used, rows))]
 pub fn append_rows_(buffer: In, used: i64, rows: In) -> PyResult<(i64, Out)> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     let (used, left_out) = covariance::append_rows_(&buffer.0, used, &rows.0)?;
     Ok((used, Out(left_out)))
 }
@@ -218,7 +218,7 @@ pub fn append_rows_(buffer: In, used: i64, rows: In) -> PyResult<(i64, Out)> {
 #[pyfunction]
 #[pyo3(signature = (covariance, rows))]
 pub fn accumulate_(mut covariance: In, rows: In) -> PyResult<()> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     Ok(covariance::accumulate_(&mut covariance.0, &rows.0)?)
 }
 
@@ -238,7 +238,7 @@ pub fn accumulate_(mut covariance: In, rows: In) -> PyResult<()> {
 #[pyfunction]
 #[pyo3(signature = (total, rows))]
 pub fn add_rows_(mut total: In, rows: In) -> PyResult<()> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     Ok(covariance::add_rows_(&mut total.0, &rows.0)?)
 }
 
@@ -260,7 +260,7 @@ pub fn add_rows_(mut total: In, rows: In) -> PyResult<()> {
 #[pyfunction]
 #[pyo3(signature = (covariance, total, count))]
 pub fn centre_(mut covariance: In, total: In, count: f64) -> PyResult<()> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     Ok(covariance::centre_(&mut covariance.0, &total.0, count)?)
 }
 
@@ -280,7 +280,7 @@ pub fn centre_(mut covariance: In, total: In, count: f64) -> PyResult<()> {
 #[pyfunction]
 #[pyo3(signature = (tensors, factor))]
 pub fn decay_(tensors: Ins, factor: f64) -> PyResult<()> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     Ok(covariance::decay_(&tensors.all(), factor)?)
 }
 
@@ -305,16 +305,15 @@ pub fn decay_(tensors: Ins, factor: f64) -> PyResult<()> {
 /// projector : torch.Tensor
 ///     T, shape (d, d), exactly symmetric.
 /// singular_values : torch.Tensor
-///     L, shape (d,), descending, at least 0, dtype of `covariance`.
+///     L, shape (d,), descending, at least 0, dtype of `covariance`; of the precision of `covariance`, or of float32 for a float32 T with
+///     tau <= 0.75 by the route "eigh".
 ///
 /// Raises
 /// ------
 /// ValueError
 ///     If `covariance` is not a square, symmetric float32 or float64 matrix, or an option is out of its range.
 /// ArithmeticError
-///     If `covariance` is not finite throughout.
-/// RuntimeError
-///     If the decomposition does not converge, in float64 either.
+///     If `covariance` is not finite throughout, or the decomposition does not converge, in float64 either.
 ///
 /// References
 /// ----------
@@ -343,28 +342,27 @@ pub fn flat_projector(
 /// Parameters
 /// ----------
 /// rows : torch.Tensor
-///     Shape (r, d) with r < d, float32 or float64, in which it is decomposed; r may be 0, then T is I. Not changed.
+///     Shape (r, d) with r < d, float32 or float64, in which it is decomposed unless `dtype` says otherwise; r may be 0, then T is I. Not
+///     changed.
 /// tau : float
 ///     Strength, dimensionless, at least 0. The eigenvalues of T lie in [exp(-tau), 1].
 /// dtype : {"float32", "float64"} or None
-///     dtype of T; None: that of `rows`.
+///     dtype of T; None: that of `rows`. For a float32 T with tau <= 0.75 everything is computed in float32.
 ///
 /// Returns
 /// -------
 /// projector : torch.Tensor
 ///     T, shape (d, d), exactly symmetric.
 /// singular_values : torch.Tensor
-///     Shape (d,), descending, dtype of `rows`; d - r zeros or more at the end: what is below d * eps times the largest is rounding and
-///     counts as 0.
+///     Shape (d,), descending, dtype of `rows`; of the precision of `rows`, or of float32 for a float32 T with tau <= 0.75. d - r zeros or
+///     more at the end: what is not above d * eps times the largest, with the eps of that precision, is rounding and given as 0.
 ///
 /// Raises
 /// ------
 /// ValueError
 ///     If there are as many rows as columns or more (see `flat_projector`), or an argument is out of its range.
 /// ArithmeticError
-///     If `rows` is not finite throughout.
-/// RuntimeError
-///     If the decomposition does not converge, in float64 either.
+///     If `rows` is not finite throughout, or the decomposition does not converge, in float64 either.
 ///
 /// References
 /// ----------
@@ -445,7 +443,7 @@ pub fn orthogonal_projector_(
 #[pyfunction]
 #[pyo3(signature = (gradients, projectors))]
 pub fn project_(mut gradients: Ins, projectors: Ins) -> PyResult<Out> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     Ok(Out(projector::project_(
         &mut gradients.0,
         &projectors.all(),
@@ -475,7 +473,7 @@ pub fn project_(mut gradients: Ins, projectors: Ins) -> PyResult<Out> {
 #[pyfunction]
 #[pyo3(signature = (weights, before, projectors))]
 pub fn project_update_(mut weights: Ins, before: Ins, projectors: Ins) -> PyResult<Out> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     Ok(Out(projector::project_update_(
         &mut weights.0,
         &before.all(),
@@ -502,7 +500,7 @@ pub fn project_update_(mut weights: Ins, before: Ins, projectors: Ins) -> PyResu
 #[pyfunction]
 #[pyo3(signature = (projectors))]
 pub fn multiply(projectors: Ins) -> PyResult<Out> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     Ok(Out(projector::multiply(&projectors.all())?))
 }
 
@@ -525,7 +523,7 @@ pub fn multiply(projectors: Ins) -> PyResult<Out> {
 /// ValueError
 ///     If the shape does not fit.
 /// ArithmeticError
-///     If `matrix` is not finite throughout.
+///     If `matrix` is not finite throughout, or the decomposition does not converge.
 ///
 /// References
 /// ----------
@@ -565,7 +563,7 @@ pub fn singular_values(
 #[pyfunction]
 #[pyo3(signature = (gradients))]
 pub fn gradient_norm(gradients: Ins) -> PyResult<Out> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     Ok(Out(sam::gradient_norm(&gradients.all())?))
 }
 
@@ -615,7 +613,7 @@ pub fn perturb_(
     rhos: Vec<f64>,
     measure: bool,
 ) -> PyResult<Option<Out>> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     let stats = sam::perturb_(
         &params.all(),
         &gradients.all(),
@@ -647,7 +645,7 @@ pub fn perturb_(
 #[pyfunction]
 #[pyo3(signature = (params, before))]
 pub fn restore_(params: Ins, before: Ins) -> PyResult<()> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     Ok(sam::restore_(&params.all(), &before.all())?)
 }
 
@@ -755,7 +753,7 @@ pub fn sgd_step_(
     first: Vec<bool>,
     spans: Vec<SpanIn>,
 ) -> PyResult<()> {
-    let _no_grad = tch::no_grad_guard();
+    let _plain = aten::plain();
     let spans: Vec<Settings> = spans
         .into_iter()
         .map(

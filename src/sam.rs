@@ -689,12 +689,12 @@ pub fn at_perturbed<E: From<Error>>(
     body: impl FnOnce() -> std::result::Result<bool, E>,
 ) -> std::result::Result<Option<Tensor>, E> {
     let stats = {
-        let _no_grad = tch::no_grad_guard();
+        let _plain = aten::plain();
         perturb_(params, gradients, before, norm, rhos, measure)?
     };
     let answer = body();
     if !matches!(answer, Ok(true)) {
-        let _no_grad = tch::no_grad_guard();
+        let _plain = aten::plain();
         restore_(params, before)?;
     }
     answer.map(|_| stats)

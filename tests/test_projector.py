@@ -1,6 +1,8 @@
 """Eqs. (3)–(5) and (9) in Rust: the flat projector by each route, the orthogonal one, and what they do to gradients."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -704,3 +706,127 @@ def test_tensors_of_two_devices_are_refused():
         rust.orthogonal_projector_(C.cuda(), R, [0.1])
     with pytest.raises(ValueError, match="cpu"):
         rust.multiply([C.cuda(), C])
+
+
+# -- autocast, decompositions that fail, rounding among the singular values --------------------------------------------
+
+
+def products(dtype):
+    """Return the result of every function that multiplies matrices, by name."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=F64, generator=generator)
+
+    features, rows = normal(20, 3, 12).to(dtype), normal(20, 12)
+    covariance, total = torch.zeros(12, 12, dtype=F64), rows.sum(0)
+    found = {reduce: rust.batch_rows(features, reduce) for reduce in ("mean", "samples")}
+    rust.accumulate_(covariance, rows)
+    found["accumulate_"] = covariance.clone()
+    centred = covariance.clone()
+    rust.centre_(centred, total, 20)
+    found["centre_"] = centred
+    for tau in (0.4, 3.0):
+        for route in ROUTES:
+            found[f"flat_projector {route} {tau}"], found[f"lambdas {route} {tau}"] = rust.flat_projector(
+                covariance.to(dtype), tau, route
+            )
+        found[f"from_rows {tau}"], found[f"lambdas of rows {tau}"] = rust.flat_projector_from_rows(
+            rows[:5].to(dtype), tau
+        )
+    projector = found["flat_projector eigh 0.4"]
+    found["orthogonal_projector_"] = torch.eye(12, dtype=dtype)
+    rust.orthogonal_projector_(found["orthogonal_projector_"], rows.to(dtype), [0.1] * 20)
+    found["project_"] = normal(7, 12).to(dtype)
+    found["stats"] = rust.project_([found["project_"]], [projector])
+    before, found["project_update_"] = normal(7, 12).to(dtype), normal(7, 12).to(dtype)
+    found["stats of update"] = rust.project_update_([found["project_update_"]], [before], [projector])
+    found["multiply"] = rust.multiply([projector, found["from_rows 3.0"]])
+    for of_rows, values in ((False, covariance), (True, rows[:5]), (True, rows)):
+        found[f"singular_values {len(values)} {of_rows}"] = torch.from_numpy(
+            rust.singular_values(values.to(dtype), rows=of_rows)
+        )
+    return found
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_autocast_changes_no_bit_and_stays_on(dtype):
+    outside = products(dtype)
+    with torch.autocast("cpu", BF16):
+        inside = products(dtype)
+        assert torch.is_autocast_enabled("cpu")
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == BF16
+        with pytest.raises(ValueError, match="rows"):
+            rust.flat_projector_from_rows(torch.eye(2), 0.4)
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == BF16
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == F32
+    rust.multiply([torch.eye(2)])
+    with torch.autocast("cpu", BF16), torch.autocast("cpu", enabled=False):
+        rust.multiply([torch.eye(2)])
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == F32
+    for name, expected in outside.items():
+        assert inside[name].dtype == expected.dtype, name
+        assert torch.equal(inside[name], expected), name
+
+
+def test_the_body_at_the_perturbed_weights_keeps_its_autocast():
+    weight, gradient, before = torch.ones(2, 2), torch.ones(2, 2), torch.zeros(2, 2)
+    seen = []
+
+    def body():
+        seen.append(((weight @ weight).dtype, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+
+    with torch.autocast("cpu", BF16):
+        rust.at_perturbed([weight], [gradient], [before], rust.gradient_norm([gradient]), [0.1], body)
+        assert (weight @ weight).dtype == BF16
+    assert seen == [(BF16, True, True)]
+    assert torch.equal(weight, torch.ones(2, 2))
+
+
+FAILING = """
+import sys, warnings, torch
+from igm_rs import _igm_rs as rust
+
+def fails(*arguments, **options):
+    global calls
+    calls += 1
+    raise RuntimeError(text)
+
+warnings.simplefilter("ignore")
+library = torch.library.Library("aten", "IMPL")
+for operator in ("_linalg_eigh", "_linalg_svd"):
+    library.impl(operator, fails, "CPU")
+covariance, rows = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.eye(2, 3)
+for text in ("linalg: The algorithm failed to converge (error code: 2)", "out of memory"):
+    for name, call in (
+        ("covariance", lambda: rust.flat_projector(covariance, 0.4)),
+        ("covariance", lambda: rust.flat_projector(covariance, 3.0)),
+        ("covariance", lambda: rust.flat_projector(covariance, 3.0, "svd")),
+        ("covariance", lambda: rust.flat_projector(covariance.double(), 3.0)),
+        ("rows", lambda: rust.flat_projector_from_rows(rows, 0.4)),
+        ("matrix", lambda: rust.singular_values(covariance)),
+    ):
+        calls = 0
+        try:
+            call()
+        except Exception as error:
+            print(type(error).__name__, name in str(error), "converge" in str(error), calls)
+"""
+
+
+def test_a_decomposition_that_does_not_converge_is_an_arithmetic_error_and_any_other_failure_is_not():
+    done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)
+    tries = [2, 2, 2, 1, 2, 1]  # float32 is tried again in float64
+    expected = [f"ArithmeticError True True {n}" for n in tries] + [f"RuntimeError False False {n}" for n in tries]
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
+@pytest.mark.parametrize("source", [F32, F64])
+def test_rows_of_rank_five_have_five_positive_singular_values(device, source):
+    rows = torch.randn(20, 5, dtype=F64) @ torch.randn(5, 64, dtype=F64)
+    _, lambdas = rust.flat_projector_from_rows(rows.to(source).to(device), 0.4, dtype="float32")
+    assert lambdas.dtype == source
+    assert (lambdas[:5] > 0).all()
+    assert (lambdas[5:] == 0).all()
+    expected = torch.linalg.eigvalsh(rows @ rows.T).flip(0)[:5]
+    torch.testing.assert_close(lambdas[:5].double().cpu(), expected, rtol=1e-4, atol=0)

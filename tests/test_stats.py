@@ -66,7 +66,6 @@ def test_stats_of_a_step_are_what_was_done():
         assert told["norm_after"] == pytest.approx(float(after.norm()), rel=1e-12)
         cosine = float((h[key] * after).sum() / (h[key].norm() * after.norm()))
         assert told["cosine"] == pytest.approx(cosine, rel=1e-12)
-        assert torch.equal(dict(model.named_parameters())[key].grad, dict(model.named_parameters())[key].grad)
         torch.testing.assert_close(dict(model.named_parameters())[key].grad, after, rtol=0, atol=1e-14)
     spectrum = opt.spectrum("video")["video.0"]
     assert stats["lambda_max"]["video.0"] == pytest.approx(spectrum[0], rel=1e-12)

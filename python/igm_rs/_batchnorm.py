@@ -25,12 +25,13 @@ class Statistics:
 
     def hold(self) -> None:
         """Record nothing until :meth:`release`."""
-        self._held = [layer for layer in self._layers if layer.track_running_stats]
-        for layer in self._held:
-            layer.track_running_stats = False
+        for layer in self._layers:
+            if layer.track_running_stats:
+                self._held.append(layer)
+                layer.track_running_stats = False
 
     def release(self) -> None:
         """Record again where it was recorded before."""
-        for layer in self._held:
-            layer.track_running_stats = True
-        self._held = []
+        while self._held:
+            self._held[-1].track_running_stats = True
+            self._held.pop()

@@ -56,6 +56,8 @@ def choice(argument: str, value: Any, options: Collection[str]) -> str:
 def names(argument: str, values: Any, options: Collection[str]) -> frozenset[str]:
     """Return `values`, a name or several, as a set of members of `options`; ValueError for another."""
     several: Iterable[Any] = [values] if isinstance(values, str) else values
+    if not isinstance(several, Iterable):
+        raise TypeError(f"{argument} is {values!r}, expected names among {', '.join(map(repr, options))}")
     return frozenset(choice(argument, value, options) for value in several)
 
 

@@ -48,6 +48,8 @@ class Covariance:
         n = rows.shape[0]
         if not n:
             return
+        if self.total is not None and rows.dtype != self.total.dtype:  # loaded from a run on another device
+            rows = rows.to(self.total.dtype)
         held_as_rows = self.only_rows or (self.matrix is None and self.used + n < self.d)
         self._make_room(n, rows, self.used + n if held_as_rows else max(_MOST, n))
         if self.buffer is None:
@@ -122,10 +124,12 @@ class Covariance:
         }
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take over what :meth:`state` gave, on `device`, in the precision it was saved with."""
+        """Take over what :meth:`state` gave, on `device`, in the precision it was saved with; float64 on the CPU."""
 
         def copied(value: torch.Tensor | None) -> torch.Tensor | None:
-            return None if value is None else value.detach().to(device, copy=True)
+            if value is None:
+                return None
+            return value.detach().to(device, torch.float64 if device.type == "cpu" else value.dtype, copy=True)
 
         self.matrix, self.total = copied(state["matrix"]), copied(state["total"])
         self.buffer = copied(state["rows"])

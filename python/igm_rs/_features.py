@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from ._layers import Layer
 __all__ = ["FeatureTap"]
 
 Rows = list[tuple[str, torch.Tensor]]
+
+_MOST = 65536
+"""Forward passes that may wait for their step; the oldest are forgotten where nobody ever steps."""
 
 
 class FeatureTap:
@@ -34,7 +38,7 @@ class FeatureTap:
 
     def __init__(self, layers: Iterable[Layer], reduce: str) -> None:
         self._reduce = reduce
-        self._pending: Rows = []
+        self._pending: deque[tuple[str, torch.Tensor]] = deque(maxlen=_MOST)
         self.sink: Callable[[str, torch.Tensor], None] | None = None
         self.muted = False
         handles = [layer.module.register_forward_pre_hook(_hook(self, layer), with_kwargs=True) for layer in layers]
@@ -44,17 +48,25 @@ class FeatureTap:
         """Remove the hooks from the modules."""
         self._close()
 
-    def take(self) -> Rows:
-        """Return the pending rows, (layer name, rows) in the order of the forward passes, and forget them."""
-        rows, self._pending = self._pending, []
+    def take(self, only: Collection[str] | None = None) -> Rows:
+        """Return the pending rows, (layer name, rows) in the order of the forward passes, and forget them.
+
+        With `only` those of other layers stay: of a forward pass of several modalities each step takes its own.
+        """
+        rows = [entry for entry in self._pending if only is None or entry[0] in only]
+        left = [] if only is None else [entry for entry in self._pending if entry[0] not in only]
+        self._pending.clear()
+        self._pending.extend(left)
         return rows
 
     def drop(self) -> None:
         """Forget the pending rows."""
-        self._pending = []
+        self._pending.clear()
 
     def see(self, layer: Layer, features: torch.Tensor) -> None:
         """Note the input of one forward pass of `layer`."""
+        if features.dim() == 1:  # one sample without a batch dimension, as Linear takes it
+            features = features.unsqueeze(0)
         if self.sink is not None:
             self.sink(layer.name, _igm_rs.batch_rows(features, self._reduce))
         elif not self.muted and torch.is_grad_enabled() and layer.module.training:

@@ -68,7 +68,7 @@ def head_layers(
         for module in modules:
             modalities.include(name, module, argument)
         result[name] = _layers_of(modules, model, name)
-    return result
+    return _once(result)
 
 
 def scope_layers(modalities: Modalities, scope: float, model: nn.Module | None) -> dict[str, list[Layer]]:
@@ -98,7 +98,7 @@ def scope_layers(modalities: Modalities, scope: float, model: nn.Module | None) 
             layers.insert(0, _linear(label, module, f"scope={scope}"))
             taken += sum(parameter.numel() for parameter in module.parameters(recurse=False))
         result[name] = layers
-    return result
+    return _once(result)
 
 
 def pair(active: str, source: str, layers: Mapping[str, list[Layer]]) -> list[tuple[Layer, Layer]]:
@@ -126,6 +126,15 @@ def pair(active: str, source: str, layers: Mapping[str, list[Layer]]) -> list[tu
             f"{', '.join(map(str, theirs)) or 'none'}; expected equal widths d at the same distance from the output"
         )
     return pairs[::-1]
+
+
+def _once(layers: Mapping[str, list[Layer]]) -> dict[str, list[Layer]]:
+    """Let a module have one name for all modalities, and stand once in each list."""
+    seen: dict[int, Layer] = {}
+    return {
+        name: list(dict.fromkeys(seen.setdefault(id(layer.module), layer) for layer in mine))
+        for name, mine in layers.items()
+    }
 
 
 def _modules(argument: str, value: Any, model: nn.Module | None) -> list[nn.Module]:

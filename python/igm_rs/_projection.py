@@ -135,7 +135,7 @@ class Projection:
         for layer in self.layers[modality]:
             turns = self.covariances[modality][layer.name]
             everything = turns.all()
-            if self.options.projector == "flat" and tau[layer.name] == 0:
+            if tau[layer.name] == 0:
                 self.made[modality].pop(layer.name, None)
                 continue
             if not everything:
@@ -178,8 +178,9 @@ class Projection:
 
     def spectra_for(self, active: str) -> dict[str, torch.Tensor]:
         """The singular values behind the T's that act on `active` now, by layer of the source."""
+        several = len(self.sources[active]) > 1
         return {
-            theirs.name: values
+            f"{source}: {theirs.name}" if several else theirs.name: values
             for source, pairs in zip(self.sources[active], self.pairs[active], strict=False)
             for _, theirs in pairs
             if theirs.name in self.made[source]
@@ -202,6 +203,8 @@ class Projection:
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a state dict."""
         return {
+            "projector": self.options.projector,
+            "features": self.options.features,
             "covariances": {
                 name: {
                     layer: {"past": turns.past.state(), "present": turns.present.state()}
@@ -224,7 +227,12 @@ class Projection:
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming both sides, unless `state` is of the same modalities, layers and widths."""
+        """Raise ValueError, naming both sides, unless `state` is of the same options, modalities, layers, widths."""
+        for option in ("projector", "features"):
+            if state[option] != getattr(self.options, option):
+                raise ValueError(
+                    f"the state dict is of {option}={state[option]!r}, expected {getattr(self.options, option)!r}"
+                )
         mine = {name: {layer.name: layer.features for layer in layers} for name, layers in self.layers.items()}
         saved = state["covariances"]
         if list(saved) != list(mine):

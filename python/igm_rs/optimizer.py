@@ -82,6 +82,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         How long Ȳ lives: a turn (Eq. 2, t = 1), for ever, or multiplied by this factor in (0, 1) at each turn.
     refresh : {"turn", "manual"} or int
         When T⁽ʲ⁾ is made: at the end of j's turn; by :meth:`refresh` only; or after every n of j's steps as well.
+        Outside any ``turn()`` consecutive steps of one modality are its turn; with an integer, every n of its steps.
     project : {"gradient", "update"}
         What T acts on: the gradient (Eq. 9), or the base optimizer's update of the weight.
     route : {"auto", "eigh", "svd"}
@@ -89,7 +90,7 @@ class IGMOptimizer(torch.optim.Optimizer):
     reset : subset of {"momentum", "lr"}
         What starts anew with each turn: the base's state of the moving parameters; the lr of construction.
     alpha, batches, normalise : float, int or None, bool
-        For ``projector="orthogonal"``: α > 0 of the recursion; with `batches` (the loader's length) α is
+        For ``projector="orthogonal"`` alone: α > 0 of the recursion; with `batches` (the loader's length) α is
         ``alpha ** (1 + batch / batches)``; whether P is divided by its Frobenius norm after each row, as released.
     **base_kwargs
         Passed to `base`, such as ``lr=0.01``.
@@ -163,6 +164,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         self._refresh = _checks.refresh_rule(refresh)
         self._project_update = _checks.choice("project", project, ("gradient", "update")) == "update"
         self._reset = _checks.names("reset", reset, ("momentum", "lr"))
+        _check_projector(self._options)
         if sum(given is not None for given in (heads, head, scope)) > 1:
             raise ValueError("heads, head and scope are given together, expected at most one of them")
 
@@ -300,8 +302,9 @@ class IGMOptimizer(torch.optim.Optimizer):
     def turn(self, modality: str) -> Iterator[IGMOptimizer]:
         """Train `modality` inside the ``with`` block; at its end T of `modality` is made from the turn's features.
 
-        A block without a step changes nothing. A turn that an exception leaves, or that a state dict was saved in,
-        is taken up again when the same modality's turn is entered next; another modality's turn discards it.
+        A block without a step changes nothing. Features forwarded since the last step count with the first step in it.
+        A turn that an exception leaves, or that a state dict was saved in, is taken up again when the same modality's
+        turn is entered next; another modality's turn discards it.
 
         Raises
         ------
@@ -453,6 +456,8 @@ class IGMOptimizer(torch.optim.Optimizer):
                 if figures["usable"]:
                     before = self._buffers(params)
                     figures["parts"] = _parts(gradients, rhos, norm)
+                    _igm_rs.restore_(before, params)  # whatever interrupts from here on, there is a way back
+                    self._perturbed = active, params, before, figures
                     figures["perturbation"] = _igm_rs.perturb_(params, gradients, before, norm, rhos)
                 else:
                     params = []
@@ -538,14 +543,15 @@ class IGMOptimizer(torch.optim.Optimizer):
             same = len(moving) == len(params) and all(map(operator.is_, moving, params))
             fused = self._fused if same and not (verdict["skip"] or self._project_update) else None
             if fused is not None and fused.possible(params, second):
-                self._finish(active, figures, fused=(params, before, second))
+                self._update(active, figures, fused=(params, before, second))
                 verdict["done"] = True
             return verdict["done"]
 
-        measure = figures["grad_norm"].device.type == "cpu" or "perturbation" not in self._warned
+        on_cpu = figures["grad_norm"].device.type == "cpu"  # elsewhere it is measured at the first step of a turn
+        measure = on_cpu or "perturbation" not in self._warned or not self._counters.started[active]
         figures["parts"] = _parts(gradients, rhos, figures["grad_norm"])
-        self._begin_second_pass()
         try:
+            self._begin_second_pass()
             figures["perturbation"] = _igm_rs.at_perturbed(
                 params, gradients, before, figures["grad_norm"], rhos, at_perturbed_weights, measure
             )
@@ -556,10 +562,11 @@ class IGMOptimizer(torch.optim.Optimizer):
             self._end_second_pass()
         if verdict["skip"]:
             self._skip(active, figures)
-        elif not verdict["done"]:
-            self._finish(active, figures)
-        if not verdict["skip"]:
-            self._judge_perturbation(figures, rhos)
+            return
+        if not verdict["done"]:
+            self._update(active, figures)
+        self._note(active, figures)
+        self._judge_perturbation(figures, rhos)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Parts of a step
@@ -618,8 +625,6 @@ class IGMOptimizer(torch.optim.Optimizer):
     def _projects(self, active: str) -> bool:
         """Whether the settings ask for `active`'s gradient to be modified at all."""
         projection = self._projection
-        if self._options.projector == "orthogonal":
-            return any(projection.pairs[active])
         return any(
             self._tau_of(theirs, source) > 0
             for source, pairs in zip(projection.sources[active], projection.pairs[active], strict=False)
@@ -636,18 +641,27 @@ class IGMOptimizer(torch.optim.Optimizer):
         buffers = []
         for p in params:
             buffer = kept.get(p)
-            if buffer is None or buffer.shape != p.shape or buffer.dtype != p.dtype or buffer.device != p.device:
+            if buffer is None or not (
+                buffer.shape == p.shape
+                and buffer.dtype == p.dtype
+                and buffer.device == p.device
+                and buffer.stride() == p.stride()
+            ):
                 buffer = kept[p] = torch.empty_like(p, requires_grad=False)
             buffers.append(buffer)
         return buffers
 
-    def _finish(
+    def _finish(self, active: str, figures: dict[str, Any]) -> None:
+        self._update(active, figures)
+        self._note(active, figures)
+
+    def _update(
         self,
         active: str,
         figures: dict[str, Any],
         fused: tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]] | None = None,
     ) -> None:
-        """Project, let the base optimizer step, and note what was done (Eq. 9; Algorithm 1, line 10)."""
+        """Project and let the base optimizer step (Eq. 9; Algorithm 1, line 10)."""
         self._enter(active)
         layers, projectors = self._projection.for_step(active)
         having = [
@@ -658,10 +672,15 @@ class IGMOptimizer(torch.optim.Optimizer):
         weights = [layer.module.weight for layer, _, _ in having]
         projectors = [projector for _, projector, _ in having]
         if self._project_update and weights:
-            before = self._buffers(weights)
-            _igm_rs.restore_(before, weights)
-            self._base_step(active)
-            figures["projected"] = _igm_rs.project_update_(weights, before, projectors)
+            moving, _, _ = self._moving(active)
+            before = self._buffers(moving)
+            _igm_rs.restore_(before, moving)
+            try:
+                self._base_step(active)
+                figures["projected"] = _igm_rs.project_update_(weights, self._buffers(weights), projectors)
+            except BaseException:
+                _igm_rs.restore_(moving, before)
+                raise
         else:
             if weights:
                 figures["projected"] = _igm_rs.project_([gradient for _, _, gradient in having], projectors)
@@ -670,7 +689,11 @@ class IGMOptimizer(torch.optim.Optimizer):
             else:
                 self._base_step(active)
         figures["layers"] = [layer.name for layer, _, _ in having]
-        rows = self._tap.take()
+
+    def _note(self, active: str, figures: dict[str, Any]) -> None:
+        """Count the step, let its features count, and make T where n steps have been taken."""
+        own = {layer.name for layer in self._projection.layers[active]}
+        rows = self._tap.take() if self._turn is not None else self._tap.take(own)
         if not self._counters.replaced:
             self._projection.add(active, rows)
         self._counters.steps += 1
@@ -691,9 +714,9 @@ class IGMOptimizer(torch.optim.Optimizer):
     def _base_step(self, active: str) -> None:
         """The base optimizer's step on what moves now; whatever else has a gradient is hidden from it meanwhile."""
         hidden = [(p, p.grad) for p in self._modalities.inactive[active] if p.grad is not None]
-        for p, _ in hidden:
-            p.grad = None
         try:
+            for p, _ in hidden:
+                p.grad = None
             step_without_hooks(self._base)
         finally:
             for p, gradient in hidden:
@@ -701,11 +724,13 @@ class IGMOptimizer(torch.optim.Optimizer):
 
     def _restore(self) -> None:
         """Take the perturbation of ``first_step`` back, to the bit."""
-        if self._perturbed is not None:
-            _, params, before, _ = self._perturbed
-            _igm_rs.restore_(params, before)
-        self._perturbed = None
-        self._end_second_pass()
+        try:
+            if self._perturbed is not None:
+                _, params, before, _ = self._perturbed
+                _igm_rs.restore_(params, before)
+            self._perturbed = None
+        finally:
+            self._end_second_pass()
 
     def _begin_second_pass(self) -> None:
         """What is forwarded from now on is at θ + ε*: it is no feature of the data and no statistic of the model."""
@@ -738,6 +763,13 @@ class IGMOptimizer(torch.optim.Optimizer):
         implicit = self._turn is None
         if implicit and (counters.explicit or (self._refresh == "turn" and counters.open not in (None, active))):
             self._leave()
+        if implicit and self._refresh == "turn" and len(self.modalities) == 1 and self._projects(active):
+            self._warn_once(
+                "one modality",
+                UserWarning,
+                f"{active!r} is the only modality and refresh is 'turn', so outside turn() its projector is never "
+                "made; open turns, or give refresh=n",
+            )
         if not counters.started[active]:
             self._projection.begin(active)
             counters.started[active] = True
@@ -758,17 +790,18 @@ class IGMOptimizer(torch.optim.Optimizer):
             self._end_turn(counters.open)
 
     def _end_turn(self, modality: str) -> None:
-        stepped = self._counters.since[modality] > 0
+        counters = self._counters
         try:
-            if (stepped and self._refresh != "manual") or (self._counters.replaced and self._refresh != "manual"):
+            if self._refresh != "manual" and (counters.since[modality] or counters.replaced):
                 self._make_projector(modality)
         finally:
-            self._counters.turns += 1
-            self._counters.close()
+            counters.turns += 1
+            counters.close()
 
     def _make_projector(self, modality: str) -> None:
         """T of `modality` from its Ȳ (Eq. 4); RuntimeError where steps were taken and a layer saw no features."""
-        unseen = self._projection.unseen(modality) if self._counters.since[modality] else []
+        stepped = self._counters.since[modality] > 0 and not self._counters.replaced
+        unseen = self._projection.unseen(modality) if stepped else []
         tau = {layer.name: self._tau_of(layer, modality) for layer in self._projection.layers[modality]}
         needed = any(modality in listed for listed in self._projection.sources.values())
         self._projection.refresh(modality, tau)
@@ -888,7 +921,7 @@ class IGMOptimizer(torch.optim.Optimizer):
                     f"the state dict has igm version {mine['version']}, expected at most {STATE_VERSION}: it was saved "
                     "by a newer igm-rs"
                 )
-            self._projection.check(mine["projection"])
+            self._projection.check(mine["projection"])  # before anything changes
             open_turn = mine["counters"]["open"] if mine["counters"]["explicit"] else None
             if self._turn is not None and open_turn not in (None, self._turn):
                 raise RuntimeError(f"load_state_dict inside turn({self._turn!r}): the saved open turn is {open_turn!r}")
@@ -927,6 +960,19 @@ class IGMOptimizer(torch.optim.Optimizer):
     def _check_groups(self) -> None:
         for group in self.param_groups:
             check_group(group)
+
+
+def _check_projector(options: ProjectionOptions) -> None:
+    """Raise ValueError for an option that the chosen projector has no use for."""
+    if options.projector == "flat":
+        unused = {"alpha": options.alpha != 0.1, "batches": options.batches is not None, "normalise": options.normalise}
+    else:
+        unused = {"route": options.route != "auto", "features": options.features == "centred"}
+    for name, given in unused.items():
+        if given:
+            raise ValueError(
+                f"{name} is {getattr(options, name)!r} with projector={options.projector!r}, which has no use for it"
+            )
 
 
 def _lr_of(group: Mapping[str, Any]) -> float:

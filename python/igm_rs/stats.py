@@ -30,11 +30,13 @@ class StepStats(Mapping[str, Any]):
     ``grad_norm``, ``grad_norm_perturbed``
         ‖∇L(θ)‖₂ and ‖∇L(θ + ε*)‖₂ over all moving parameters.
     ``effective_perturbation``, ``moved``
-        ‖realised ε‖ / ‖ε*‖, and the share of weights with a gradient that the perturbation really changed.
+        ‖realised ε‖ / ‖ε*‖, and the share of weights with a gradient that the perturbation really changed; on CUDA
+        measured at the first step of each turn.
     ``projected``
         For each projected layer ``norm_before``, ``norm_after`` and ``cosine`` of G and G T.
     ``lambda_max``, ``lambda_min``, ``effective_rank``
-        By layer, of the spectrum behind the T that acted; the rank is exp of the entropy of λ/Σλ.
+        By layer (of several sources: ``"source: layer"``), of the spectrum behind the T that acted; the rank is exp of
+        the entropy of λ/Σλ.
     """
 
     def __init__(self, entries: Mapping[str, Callable[[], Any]]) -> None:
