@@ -1,6 +1,8 @@
 """Cases that went wrong once: interrupts at bad moments, one module under two names, conversions, foreign states."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
@@ -344,3 +346,33 @@ def test_a_decomposition_that_fails_leaves_the_projector_counts_and_warns(monkey
         step(model, opt, "audio", 1)
     assert opt.projectors["audio"]["audio.0"] is made
     assert opt.state_dict()["igm"]["projection"]["failures"] == 2
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda c: igm_rs._igm_rs.flat_projector(c, 3.0),
+        lambda c: igm_rs._igm_rs.flat_projector(c, 3.0, route="svd"),
+        lambda c: igm_rs._igm_rs.flat_projector_from_rows(c[:-1], 3.0),
+        igm_rs._igm_rs.singular_values,
+    ],
+    ids=["eigh", "svd", "rows", "singular values"],
+)
+def test_other_threads_run_while_a_spectrum_is_computed(work):
+    """With the GIL held, another Python thread would stand still from the beginning of the call to its end."""
+    rows = torch.randn(700, 600, dtype=torch.float64)
+    covariance = rows.T @ rows
+    stamps, stop = [], threading.Event()
+
+    def other():
+        while not stop.wait(0.001):
+            stamps.append(time.perf_counter())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    begin = time.perf_counter()
+    work(covariance)
+    end = time.perf_counter()
+    stop.set()
+    thread.join()
+    assert sum(begin < stamp < end for stamp in stamps) >= 5

@@ -51,7 +51,8 @@ class IGMOptimizer(torch.optim.Optimizer):
     modalities : mapping of str to module, parameter, name prefix, or a list of these, optional
         What belongs to each modality, in the order of training. A parameter under several or under none is shared:
         it moves in the turn of each that lists it, or in every turn. None: one modality, ``"all"``.
-        A prefix is matched against the names in `model` (or in ``named_parameters()`` given to the base).
+        A prefix is matched against the names in `model` (or in ``named_parameters()`` given to the base); end it with
+        a dot to stop at a module's name.
     base : type, optional
         Class of the base optimizer when `params` is no optimizer; ``torch.optim.SGD`` by default.
     heads : mapping of str to module, module name, or a list of these, optional
