@@ -645,7 +645,7 @@ def test_a_short_run_of_everything(tmp_path, capsys, few):
         for line in part["rows"]:
             assert line["settings"]["learning_rate"] in (0.02, 0.05)
             assert [tried["learning_rate"] for tried in line["tried"]] == [0.02, 0.05]
-            assert [run["seed"] for run in line["runs"]] == [0, 1]
+            assert [run["seed"] for run in line["runs"]] == [100, 101]
             for run in line["runs"]:
                 assert run["seconds_per_step"] > 0
                 assert 0 <= min(run["scores"]["accuracy"].values()) <= max(run["scores"]["accuracy"].values()) <= 1
