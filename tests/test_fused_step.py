@@ -111,3 +111,20 @@ def test_a_subclass_of_sgd_steps_by_itself(monkeypatch):
     with opt.turn("audio"):
         opt.step(closure_for(opt, model, "audio", batches(TWO, 1, torch.float32)["audio"][0]))
     assert not calls
+
+
+def test_groups_with_and_without_momentum_side_by_side(monkeypatch):
+    calls = counted(monkeypatch)
+    model = OwnHeads()
+    twin = copy.deepcopy(model)
+    data = batches(TWO, 3, torch.float32)
+    opts = []
+    for m, fused in ((model, True), (twin, False)):
+        groups = [{"params": m.encoders.parameters(), "momentum": 0.0}, {"params": m.heads.parameters()}]
+        opt = IGMOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9), **m.options())
+        opt._fused = opt._fused if fused else None
+        run(m, opt, data)
+        opts.append(opt)
+    assert len(calls) == 6
+    assert distance(model, twin) == 0
+    assert opts[0].state_dict()["state"].keys() == opts[1].state_dict()["state"].keys()

@@ -36,7 +36,7 @@ class FusedSGD:
         """Step `params` from `before` with `gradients`; `groups` holds them in this order, with others in between."""
         state = self._base.state
         spans: list[tuple[int, float, float, float, float, bool, bool]] = []
-        buffers: list[torch.Tensor] = []
+        buffers: list[torch.Tensor | None] = []
         first: list[bool] = []
         momentum = any(group["momentum"] != 0 for group, _ in groups)
         stop = 0
@@ -48,8 +48,8 @@ class FusedSGD:
                 stop += 1
                 if momentum:
                     buffer = state[p].get("momentum_buffer") if group["momentum"] != 0 else None
-                    first.append(buffer is None)
-                    buffers.append(torch.empty_like(p, requires_grad=False) if buffer is None else buffer)
+                    first.append(group["momentum"] != 0 and buffer is None)
+                    buffers.append(torch.empty_like(p, requires_grad=False) if first[-1] else buffer)
             if stop > start:
                 spans.append(
                     (
@@ -63,10 +63,6 @@ class FusedSGD:
                     )
                 )
         _igm_rs.sgd_step_(params, before, gradients, buffers, first, spans)
-        start = 0
-        for stop, _, factor, *_ in spans:
-            if factor != 0:
-                for index in range(start, stop):
-                    if first[index]:
-                        state[params[index]]["momentum_buffer"] = buffers[index]
-            start = stop
+        for p, buffer, fresh in zip(params, buffers, first, strict=False):  # both lists are empty without momentum
+            if fresh:
+                state[p]["momentum_buffer"] = buffer
