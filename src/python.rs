@@ -5,7 +5,7 @@ use numpy::{IntoPyArray, PyArray1};
 use pyo3::exceptions::PyImportError;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyMapping, PySequence, PyString};
+use pyo3::types::{PyList, PyMapping, PySequence, PyString, PyTuple};
 use pyo3_tch::PyTensor;
 use tch::Tensor;
 
@@ -667,8 +667,8 @@ pub fn restore_(params: Ins, before: Ins) -> PyResult<()> {
 /// rhos : list of float
 ///     For each tensor the radius rho, in the unit of the weights, finite and at least 0.
 /// body : callable
-///     Called without arguments, in the caller's grad mode. If it returns True it has put the weights back itself; after anything else, and
-///     after any exception, they are put back here.
+///     Called without arguments, in the caller's grad mode. It returns None, and the weights are put back, as after any exception; or
+///     (gradients, momentum_buffers, first, spans, done), and they take the step of `sgd_step_` from `before` with these arguments.
 /// measure : bool
 ///     Whether to report what the perturbation came to.
 ///
@@ -706,18 +706,81 @@ pub fn at_perturbed(
         let found = body.get_type().fully_qualified_name()?;
         return Err(Error::type_(" for body", found, "a callable").into());
     }
+    let (params, before) = (params.all(), before.all());
     let stats = sam::at_perturbed(
-        (&params.all(), &gradients.all(), &before.all()),
+        (&params, &gradients.all(), &before),
         &norm.0,
         &rhos,
         measure,
-        || -> PyResult<bool> { Ok(body.call0()?.is(&*PyBool::new(body.py(), true))) },
+        || -> PyResult<bool> {
+            let answer = body.call0()?;
+            if answer.is_none() {
+                return Ok(false);
+            }
+            if !answer.is_instance_of::<PyTuple>() {
+                let found = answer.get_type().fully_qualified_name()?;
+                return Err(Error::type_(" returned by body", found, "None or a tuple").into());
+            }
+            let (gradients, buffers, first, spans, done): (
+                Ins,
+                Gappy,
+                Vec<bool>,
+                Vec<SpanIn>,
+                Bound<'_, PyList>,
+            ) = answer.extract()?;
+            step_and_note(
+                &params,
+                &before,
+                &gradients,
+                &buffers,
+                &first,
+                spans,
+                Some(&done),
+            )?;
+            Ok(true)
+        },
     )?;
     Ok(stats.map(Out))
 }
 
 /// One entry of `spans`.
 type SpanIn = (usize, f64, f64, f64, f64, bool, bool);
+
+/// The step of SGD, and a True in `done` before Python runs again: a signal that came meanwhile is raised there.
+fn step_and_note(
+    params: &[&Tensor],
+    before: &[&Tensor],
+    gradients: &Ins,
+    buffers: &Gappy,
+    first: &[bool],
+    spans: Vec<SpanIn>,
+    done: Option<&Bound<'_, PyList>>,
+) -> PyResult<()> {
+    let _plain = aten::plain();
+    let spans: Vec<Settings> = spans
+        .into_iter()
+        .map(
+            |(stop, lr, momentum, dampening, weight_decay, nesterov, maximize)| Settings {
+                stop,
+                lr,
+                momentum,
+                dampening,
+                weight_decay,
+                nesterov,
+                maximize,
+            },
+        )
+        .collect();
+    sgd::sgd_step_(
+        params,
+        before,
+        &gradients.all(),
+        &buffers.all(),
+        first,
+        &spans,
+    )?;
+    done.map_or(Ok(()), |done| done.append(true))
+}
 
 /// Take the step of torch.optim.SGD from the unperturbed weights: way back and step in one pass over memory.
 ///
@@ -738,13 +801,15 @@ type SpanIn = (usize, f64, f64, f64, f64, bool, bool);
 /// spans : list of tuple
 ///     (stop, lr, momentum, dampening, weight_decay, nesterov, maximize): the settings of the tensors before index `stop` and from the
 ///     previous `stop` on. The last `stop` is the number of tensors.
+/// done : list, optional
+///     Gets a True once the step is taken: a signal that arrives during it is raised after this call, as if it had failed.
 ///
 /// Raises
 /// ------
 /// ValueError
 ///     If numbers, shapes or dtypes do not fit, tensors share memory, or `sgd_step_possible` is False; nothing is changed then.
 #[pyfunction]
-#[pyo3(signature = (params, before, gradients, momentum_buffers, first, spans))]
+#[pyo3(signature = (params, before, gradients, momentum_buffers, first, spans, done=None))]
 pub fn sgd_step_(
     params: Ins,
     before: Ins,
@@ -752,30 +817,17 @@ pub fn sgd_step_(
     momentum_buffers: Gappy,
     first: Vec<bool>,
     spans: Vec<SpanIn>,
+    done: Option<Bound<'_, PyList>>,
 ) -> PyResult<()> {
-    let _plain = aten::plain();
-    let spans: Vec<Settings> = spans
-        .into_iter()
-        .map(
-            |(stop, lr, momentum, dampening, weight_decay, nesterov, maximize)| Settings {
-                stop,
-                lr,
-                momentum,
-                dampening,
-                weight_decay,
-                nesterov,
-                maximize,
-            },
-        )
-        .collect();
-    Ok(sgd::sgd_step_(
+    step_and_note(
         &params.all(),
         &before.all(),
-        &gradients.all(),
-        &momentum_buffers.all(),
+        &gradients,
+        &momentum_buffers,
         &first,
-        &spans,
-    )?)
+        spans,
+        done.as_ref(),
+    )
 }
 
 /// Tell whether `sgd_step_` takes these tensors: float32 or float64 on the CPU, dense, all strided alike.

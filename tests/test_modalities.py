@@ -31,7 +31,7 @@ def moved(opt, model, name):
         p.grad = torch.ones_like(p)
     with opt.turn(name):
         opt.step()
-        opt._counters.open = None  # the step had no features: the turn is not to be finished
+        opt._core.counters.open = None  # the step had no features: the turn is not to be finished
     return {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
 
 
@@ -133,7 +133,7 @@ def test_scope_takes_layers_from_the_output_backwards(scope, layers):
     assert sum(p.numel() for p in model.parameters()) == 123
     share = 21 / 123 if scope == 0.2 else scope
     opt = IGMOptimizer(sgd(model), spec, scope=share)
-    assert [layer.name for layer in opt._projection.layers["audio"]] == layers
+    assert [layer.name for layer in opt._core.projection.layers["audio"]] == layers
 
 
 def test_scope_passes_over_norm_layers_and_stops_before_what_it_cannot_project():
@@ -142,7 +142,7 @@ def test_scope_passes_over_norm_layers_and_stops_before_what_it_cannot_project()
     model.heads["audio"].insert(1, nn.LayerNorm(6))
     spec = {"audio": [model.encoders["audio"], model.heads["audio"]]}
     opt = IGMOptimizer(sgd(model), spec, scope=0.85, model=model)
-    assert [layer.name for layer in opt._projection.layers["audio"]] == [
+    assert [layer.name for layer in opt._core.projection.layers["audio"]] == [
         "encoders.audio.2",
         "heads.audio.0",
         "heads.audio.3",
@@ -218,7 +218,7 @@ def test_added_group_is_shared_and_trained():
     extra(torch.ones(1, 2)).sum().backward()
     with opt.turn("video"):
         opt.step()
-        opt._counters.open = None  # no features were seen: the turn is not to be finished
+        opt._core.counters.open = None  # no features were seen: the turn is not to be finished
     torch.testing.assert_close(extra.weight, before - 0.5)
     with pytest.raises(ValueError, match="appear in more than one parameter group"):
         opt.add_param_group({"params": extra.parameters()})

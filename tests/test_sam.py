@@ -381,8 +381,7 @@ class Stop(BaseException):
 
 
 @each_layout
-@pytest.mark.parametrize("answer", [None, False])
-def test_body_runs_once_at_the_perturbed_weights(device, layout, answer):
+def test_body_runs_once_at_the_perturbed_weights(device, layout):
     params, gradients, before = problem(layout, device)
     old, where, seen = copies(params), places(params), []
     norm = rust.gradient_norm(gradients)
@@ -391,7 +390,6 @@ def test_body_runs_once_at_the_perturbed_weights(device, layout, answer):
 
     def body(*arguments):
         seen.append((arguments, copies(params)))
-        return answer
 
     stats = rust.at_perturbed(
         params=params, gradients=gradients, before=before, norm=norm, rhos=[RHO] * len(params), body=body, measure=True
@@ -404,16 +402,42 @@ def test_body_runs_once_at_the_perturbed_weights(device, layout, answer):
     torch.testing.assert_close(stats, expected)
 
 
-def test_body_that_returns_true_has_put_the_weights_back(device):
-    params, gradients, before = problem("everything", device)
+def test_body_that_returns_a_step_of_sgd_has_it_taken_from_the_weights_before():
+    params, gradients, before = problem("float32", torch.device("cpu"))
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    second = [torch.randn_like(p) for p in params]
+    done = []
+    span = (len(params), 0.1, 0.0, 0.0, 0.01, False, False)
+    rust.at_perturbed(
+        params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params),
+        lambda: (second, [], [], [span], done),
+    )  # fmt: skip
+    for twin, gradient in zip(twins, second, strict=True):
+        twin.grad = gradient
+    torch.optim.SGD(twins, lr=0.1, weight_decay=0.01, foreach=False).step()
+    assert same_bits(params, twins)
+    assert done == [True]
 
-    def body():
-        for p in params:
-            p.fill_(7)
-        return True
 
-    rust.at_perturbed(params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params), body)
-    assert all((p == 7).all() for p in params)
+def test_a_step_of_sgd_that_cannot_be_taken_restores_to_the_bit():
+    params, gradients, before = problem("float32", torch.device("cpu"))
+    old, done = copies(params), []
+    with pytest.raises(ValueError, match="gradients"):
+        rust.at_perturbed(
+            params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params),
+            lambda: (gradients[:-1], [], [], [(len(params), 0.1, 0.0, 0.0, 0.0, False, False)], done),
+        )  # fmt: skip
+    assert same_bits(params, old)
+    assert done == []
+
+
+@pytest.mark.parametrize("answer", [True, 3, "yes"])
+def test_body_that_returns_something_else_is_an_error_and_restores(answer):
+    params, gradients, before = problem("float32", torch.device("cpu"))
+    old = copies(params)
+    with pytest.raises(TypeError, match="returned by body.*expected None or a tuple"):
+        rust.at_perturbed(params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params), lambda: answer)
+    assert same_bits(params, old)
 
 
 @each_layout

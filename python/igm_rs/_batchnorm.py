@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,8 @@ __all__ = ["Statistics"]
 class Statistics:
     """The running statistics of all BatchNorm layers among `modules`, which can be held still.
 
-    A layer that does not record (evaluation mode, ``track_running_stats=False``) is left as it is.
+    A layer that does not record (evaluation mode, ``track_running_stats=False``) is left as it is. No layer stays held
+    when this object goes.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -22,6 +24,10 @@ class Statistics:
             layer for root in modules for layer in root.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
         )
         self._held: list[nn.modules.batchnorm._BatchNorm] = []
+        weakref.finalize(self, _release, self._held)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Statistics, (list(self._layers),)
 
     def hold(self) -> None:
         """Record nothing until :meth:`release`."""
@@ -32,6 +38,10 @@ class Statistics:
 
     def release(self) -> None:
         """Record again where it was recorded before."""
-        while self._held:
-            self._held[-1].track_running_stats = True
-            self._held.pop()
+        _release(self._held)
+
+
+def _release(held: list[nn.modules.batchnorm._BatchNorm]) -> None:
+    while held:
+        held[-1].track_running_stats = True
+        held.pop()

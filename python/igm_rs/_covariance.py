@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class Covariance:
     Rows are buffered, so that one product serves many batches (Eq. 2). Until d of them have come only the rows are
     held. On the CPU everything is float64; on CUDA at least float32, and rows left out are zeros there, so that
     nobody waits for the device.
+
+    No tensor that an attribute has held is changed later, but for rows appended behind the used ones: the attributes,
+    kept aside, are a way back.
     """
 
     def __init__(self, d: int, *, only_rows: bool = False) -> None:
@@ -60,8 +64,11 @@ class Covariance:
         self.left_out = self.left_out + (int(left_out) if on_cpu else left_out)
         added = self.buffer[before : self.used]
         if self.total is None:
-            self.total = torch.zeros(self.d, dtype=self.buffer.dtype, device=self.buffer.device)
-        _igm_rs.add_rows_(self.total, added)
+            total = torch.zeros(self.d, dtype=self.buffer.dtype, device=self.buffer.device)
+        else:
+            total = self.total.clone()
+        _igm_rs.add_rows_(total, added)
+        self.total = total
         self.count = self.count + (self.used - before) - (0 if on_cpu else left_out)
         if not held_as_rows and self.used >= _MOST:
             self.flush()
@@ -72,21 +79,23 @@ class Covariance:
         if rows is None:
             return
         if self.matrix is None:
-            self.matrix = torch.zeros(self.d, self.d, dtype=rows.dtype, device=rows.device)
-        _igm_rs.accumulate_(self.matrix, rows)
-        self.used = 0
+            matrix = torch.zeros(self.d, self.d, dtype=rows.dtype, device=rows.device)
+        else:
+            matrix = self.matrix.clone()
+        _igm_rs.accumulate_(matrix, rows)
+        self.matrix, self.buffer, self.used = matrix, None, 0
 
     def merge(self, other: Covariance) -> None:
         """Add everything that `other` holds."""
         left_out, count = self.left_out, self.count
-        total = None if self.total is None else self.total.clone()
+        total = self.total
         if other.matrix is not None:
             self.flush()
-            self.matrix = other.matrix.clone() if self.matrix is None else self.matrix.add_(other.matrix)
+            self.matrix = other.matrix if self.matrix is None else self.matrix + other.matrix
         if other.rows is not None:
             self.add(other.rows)
         if other.total is not None:
-            total = other.total.clone() if total is None else total.add_(other.total)
+            total = other.total if total is None else total + other.total
         self.total = total
         self.count = count + other.count
         self.left_out = left_out + other.left_out
@@ -94,10 +103,13 @@ class Covariance:
     def decay(self, factor: float) -> None:
         """Ȳ ← factor · Ȳ, that is each row times √factor."""
         if self.matrix is not None:
+            self.matrix = self.matrix.clone()
             _igm_rs.decay_([self.matrix], factor)
         if self.rows is not None:
-            _igm_rs.decay_([self.rows], factor**0.5)
+            self.buffer = self.rows.clone()
+            _igm_rs.decay_([self.buffer], factor**0.5)
         if self.total is not None:
+            self.total = self.total.clone()
             _igm_rs.decay_([self.total], factor)
         self.count = self.count * factor
 
@@ -106,9 +118,10 @@ class Covariance:
         if not self:
             return None
         result = Covariance(self.d)
-        result.matrix = None if self.matrix is None else self.matrix.clone()
-        result.buffer, result.used = self.buffer, self.used
+        result.matrix, result.buffer, result.used = self.matrix, self.buffer, self.used
         result.flush()
+        if result.matrix is not None and result.matrix is self.matrix:
+            result.matrix = self.matrix.clone()
         if centred and result.matrix is not None and self.total is not None and float(self.count) > 0:
             _igm_rs.centre_(result.matrix, self.total, float(self.count))
         return result.matrix
@@ -166,9 +179,11 @@ class Turns:
         if life == 0:
             self.past = Covariance(self.d, only_rows=self.only_rows)
         else:
-            self.past.merge(self.present)
+            past = copy.copy(self.past)
+            past.merge(self.present)
             if life < 1:
-                self.past.decay(life)
+                past.decay(life)
+            self.past = past
         self.present = Covariance(self.d, only_rows=self.only_rows)
 
     def restart(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from . import _igm_rs
 from ._layers import Layer
@@ -37,12 +38,20 @@ class FeatureTap:
     """
 
     def __init__(self, layers: Iterable[Layer], reduce: str) -> None:
-        self._reduce = reduce
         self._pending: deque[tuple[str, torch.Tensor]] = deque(maxlen=_MOST)
         self.sink: Callable[[str, torch.Tensor], None] | None = None
         self.muted = False
-        handles = [layer.module.register_forward_pre_hook(_hook(self, layer), with_kwargs=True) for layer in layers]
+        self._layers = list(layers)
+        self._reduce = reduce
+        handles = []
+        for layer in self._layers:
+            _remove_deaf(layer.module)
+            handles.append(layer.module.register_forward_pre_hook(_Hook(self, layer), with_kwargs=True))
         self._close = weakref.finalize(self, _remove, handles)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy listens at the copied layers, and has heard nothing yet."""
+        return FeatureTap, (self._layers, self._reduce)
 
     def close(self) -> None:
         """Remove the hooks from the modules."""
@@ -69,20 +78,50 @@ class FeatureTap:
             features = features.unsqueeze(0)
         if self.sink is not None:
             self.sink(layer.name, _igm_rs.batch_rows(features, self._reduce))
-        elif not self.muted and torch.is_grad_enabled() and layer.module.training:
+        elif (
+            not self.muted
+            and torch.is_grad_enabled()
+            and layer.module.training
+            and torch._C._current_graph_task_id() == -1  # else activation checkpointing repeats a forward pass
+            and not (features.is_cuda and torch.cuda.is_current_stream_capturing())  # nothing is computed yet
+        ):
             self._pending.append((layer.name, _igm_rs.batch_rows(features, self._reduce)))
 
 
-def _hook(tap: FeatureTap, layer: Layer) -> Any:
-    """Make a hook that does not keep `tap` alive: no hook outlives its optimizer."""
-    listener = weakref.ref(tap)
+class _Hook:
+    """Hands the input of one layer to the tap, which it does not keep alive: no hook outlives its optimizer.
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        alive = listener()
-        if alive is not None:
-            alive.see(layer, args[0] if args else kwargs["input"])
+    A copy of a module takes its hooks along. Such a hook is deaf, and removes itself when it is called: what the copy
+    is given is no feature of the layer that is trained.
+    """
 
-    return hook
+    def __init__(self, tap: FeatureTap | None = None, layer: Layer | None = None) -> None:
+        self._tap = None if tap is None else weakref.ref(tap)
+        self._layer = layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
+
+    @_disable_dynamo  # a compiled model calls it between two graphs
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.deaf:
+            _remove_deaf(module)
+            return
+        tap = None if self._tap is None else self._tap()
+        if tap is not None and self._layer is not None:
+            tap.see(self._layer, args[0] if args else kwargs["input"])
+
+    @property
+    def deaf(self) -> bool:
+        """Whether this is a copy."""
+        return self._tap is None
+
+
+def _remove_deaf(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, _Hook) and hook.deaf:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _remove(handles: list[Any]) -> None:

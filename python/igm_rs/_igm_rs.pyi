@@ -132,6 +132,7 @@ def sgd_step_(
     momentum_buffers: Sequence[torch.Tensor | None],
     first: Sequence[bool],
     spans: Sequence[tuple[int, float, float, float, float, bool, bool]],
+    done: list[bool] | None = None,
 ) -> None:
     """Take the step of torch.optim.SGD from the unperturbed weights: way back and step in one pass over memory."""
 

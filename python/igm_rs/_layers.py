@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ._modalities import Modalities
 
-__all__ = ["Layer", "head_layers", "pair", "scope_layers"]
+__all__ = ["Layer", "check_gradients", "head_layers", "pair", "scope_layers"]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Layers whose parameters are never projected (method.md §1)."""
@@ -126,6 +126,17 @@ def pair(active: str, source: str, layers: Mapping[str, list[Layer]]) -> list[tu
             f"{', '.join(map(str, theirs)) or 'none'}; expected equal widths d at the same distance from the output"
         )
     return pairs[::-1]
+
+
+def check_gradients(roots: Iterable[nn.Module]) -> None:
+    """Raise ValueError for a layer whose gradients are sparse, before a step meets one."""
+    for root in roots:
+        for name, module in root.named_modules():
+            if getattr(module, "sparse", False) is True and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                raise ValueError(
+                    f"{type(module).__name__} {name or 'itself'!r} has sparse=True, expected sparse=False: sparse "
+                    "gradients are not supported"
+                )
 
 
 def _once(layers: Mapping[str, list[Layer]]) -> dict[str, list[Layer]]:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["IMPLIED", "Modalities", "parameter_names"]
+__all__ = ["IMPLIED", "Modalities", "check_parameters", "parameter_names"]
 
 IMPLIED = "all"
 """Name of the one modality of an optimizer that was given none."""
 
 Group = dict[str, Any]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def parameter_names(groups: Iterable[Group], model: nn.Module | None) -> dict[torch.Tensor, str]:
@@ -24,6 +26,31 @@ def parameter_names(groups: Iterable[Group], model: nn.Module | None) -> dict[to
     for group in groups:
         known.update(zip(group["params"], group.get("param_names", ()), strict=False))
     return known
+
+
+def check_parameters(groups: Iterable[Group], known: Mapping[torch.Tensor, str]) -> None:
+    """Raise TypeError for a parameter that is not dense and real; ValueError where they are on several devices."""
+    first: torch.Tensor | None = None
+    for number, group in enumerate(groups):
+        listed = group.get("params")
+        several = [listed] if isinstance(listed, torch.Tensor) else listed
+        if not isinstance(several, (list, tuple)):
+            continue  # torch says what is wrong with it
+        for position, entry in enumerate(several):
+            p = entry[1] if isinstance(entry, tuple) else entry  # of named_parameters()
+            if not isinstance(p, torch.Tensor):
+                continue
+            label = f"parameter {known.get(p) or f'{position} of group {number}'}"
+            if p.layout is not torch.strided:
+                raise TypeError(f"{label} has the layout {p.layout}, expected a dense tensor: sparse is not supported")
+            if p.dtype not in _DTYPES:
+                raise TypeError(
+                    f"{label} is {p.dtype}, expected one of {', '.join(map(str, _DTYPES))}: complex, integer and "
+                    "8-bit parameters are not supported"
+                )
+            first = p if first is None else first
+            if p.device != first.device and "meta" not in (p.device.type, first.device.type):
+                raise ValueError(f"{label} is on {p.device}, expected {first.device}, where the first parameter is")
 
 
 class Modalities:

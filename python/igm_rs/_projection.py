@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,26 @@ class Projection:
         self.recursions = {layer.name: _Recursion() for mine in self.layers.values() for layer in mine if only_rows}
         self.failures = 0
         self._ready: dict[str, tuple[list[Layer], list[torch.Tensor]]] = {}
+
+    def checkpoint(self) -> Callable[[], None]:
+        """Return a function that puts everything back; tensors are shared with it, as none is ever changed."""
+        turns = [
+            (one, one.past, one.present, dict(vars(one.present)))
+            for mine in self.covariances.values()
+            for one in mine.values()
+        ]
+        made = {name: dict(by_layer) for name, by_layer in self.made.items()}
+        recursions = {name: replace(one, updates=dict(one.updates)) for name, one in self.recursions.items()}
+        failures = self.failures
+
+        def put_back() -> None:
+            for one, past, present, attributes in turns:
+                one.past, one.present = past, present
+                vars(present).update(attributes)
+            self.made, self.recursions, self.failures = made, recursions, failures
+            self._ready.clear()
+
+        return put_back
 
     def begin(self, modality: str) -> None:
         """Start a turn of `modality`: its Ȳ is reset, kept or decayed."""

@@ -10,9 +10,17 @@ from . import _igm_rs
 
 __all__ = ["FusedSGD"]
 
+Arguments = tuple[
+    list[torch.Tensor], list[torch.Tensor | None], list[bool], list[tuple[int, float, float, float, float, bool, bool]]
+]
+
 
 class FusedSGD:
-    """Steps for a base that is exactly ``torch.optim.SGD``, on CPU tensors, with the same results to the bit."""
+    """Steps for a base that is exactly ``torch.optim.SGD``, on CPU tensors, with the same results to the bit.
+
+    Such a step is one call into Rust, which checks everything before it changes anything: it is taken wholly or not at
+    all.
+    """
 
     def __init__(self, base: torch.optim.SGD) -> None:
         self._base = base
@@ -26,14 +34,18 @@ class FusedSGD:
         buffers = [state[p].get("momentum_buffer") if p in state else None for p in params]
         return bool(_igm_rs.sgd_step_possible(params, gradients, buffers))
 
-    def step(
-        self,
-        groups: list[tuple[dict[str, Any], list[torch.Tensor]]],
-        params: list[torch.Tensor],
-        before: list[torch.Tensor],
-        gradients: list[torch.Tensor],
-    ) -> None:
-        """Step `params` from `before` with `gradients`; `groups` holds them in this order, with others in between."""
+    def prepare(
+        self, groups: list[tuple[dict[str, Any], list[torch.Tensor]]], gradients: list[torch.Tensor]
+    ) -> Arguments:
+        """Return what `_igm_rs.sgd_step_` takes after the weights; momentum that is missing is made, unfilled.
+
+        Parameters
+        ----------
+        groups : list of (group, parameters)
+            What moves. Parameters without a gradient are passed over.
+        gradients : list of Tensor
+            Those of the others, in this order.
+        """
         state = self._base.state
         spans: list[tuple[int, float, float, float, float, bool, bool]] = []
         buffers: list[torch.Tensor | None] = []
@@ -49,7 +61,9 @@ class FusedSGD:
                 if momentum:
                     buffer = state[p].get("momentum_buffer") if group["momentum"] != 0 else None
                     first.append(group["momentum"] != 0 and buffer is None)
-                    buffers.append(torch.empty_like(p, requires_grad=False) if first[-1] else buffer)
+                    if first[-1]:
+                        buffer = state[p]["momentum_buffer"] = torch.empty_like(p, requires_grad=False)
+                    buffers.append(buffer)
             if stop > start:
                 spans.append(
                     (
@@ -62,7 +76,5 @@ class FusedSGD:
                         bool(group["maximize"]),
                     )
                 )
-        _igm_rs.sgd_step_(params, before, gradients, buffers, first, spans)
-        for p, buffer, fresh in zip(params, buffers, first, strict=False):  # both lists are empty without momentum
-            if fresh:
-                state[p]["momentum_buffer"] = buffer
+        self._base._opt_called = True  # type: ignore[attr-defined]  # what LR schedulers look at
+        return gradients, buffers, first, spans

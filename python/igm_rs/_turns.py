@@ -46,6 +46,14 @@ class Counters:
         del values["names"]
         return values | {"started": dict(self.started), "since": dict(self.since)}
 
+    def copy(self) -> Counters:
+        """Return the same counts, counted separately."""
+        return Counters(self.names, **self.state())
+
+    def put_back(self, earlier: Counters) -> None:
+        """Count from `earlier` on."""
+        vars(self).update(vars(earlier))
+
     @classmethod
     def of(cls, names: Sequence[str], state: Mapping[str, Any]) -> Counters:
         """Return the counters that :meth:`state` gave."""

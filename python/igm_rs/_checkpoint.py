@@ -1,0 +1,149 @@
+"""State dicts: what the optimizer saves, and the check of what it is given, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from . import _checks
+from ._core import Core, PerModality
+from ._turns import Counters
+
+__all__ = ["STATE_KEY", "check", "load", "own", "state"]
+
+STATE_KEY = "igm"
+"""The key, of a state dict and of its first group, under which everything that is not the base optimizer's stands."""
+
+STATE_VERSION = 2
+
+_OF_ONE_SHAPE = frozenset(
+    {
+        "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta",
+        "sum", "prev", "step_size", "ax",
+    }
+)  # fmt: skip
+"""Entries of torch's optimizers that have the shape of their parameter."""
+
+
+def state(core: Core) -> dict[str, Any]:
+    """Return counters, covariances, projectors and settings: tensors and plain values only."""
+    return {
+        "version": STATE_VERSION,
+        "rho": dict(core.rho),
+        "tau": dict(core.tau),
+        "initial_lr": list(core.initial_lr),
+        "counters": core.counters.state(),
+        "projection": core.projection.state(),
+    }
+
+
+def own(state_dict: Any) -> Any:
+    """Return our part of a state dict; None of a bare base optimizer's.
+
+    torch.distributed.checkpoint keeps nothing but ``state`` and ``param_groups``, so it stands in the first group too.
+    """
+    if STATE_KEY in state_dict:
+        return state_dict[STATE_KEY]
+    groups = state_dict["param_groups"]
+    return groups[0].get(STATE_KEY) if groups else None
+
+
+def check(core: Core, state_dict: Any) -> None:
+    """Raise TypeError or ValueError unless `state_dict` is one of this optimizer, or of its bare base.
+
+    ValueErrors name the part, what it is, and what was expected. Nothing is changed.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}, expected what state_dict() returned")
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"state_dict has the keys {sorted(map(str, state_dict))}, expected 'state' and 'param_groups': it is no "
+            "optimizer's"
+        )
+    _check_groups(core, state_dict)
+    mine = own(state_dict)
+    if mine is None:
+        return
+    if not isinstance(mine, Mapping) or not isinstance(mine.get("version"), int):
+        raise ValueError(f"state_dict[{STATE_KEY!r}] is no state of IGMOptimizer, expected a mapping with its version")
+    if mine["version"] > STATE_VERSION:
+        raise ValueError(
+            f"the state dict has igm version {mine['version']}, expected at most {STATE_VERSION}: it was saved by a "
+            "newer igm-rs"
+        )
+    wanted = state(core)
+    missing = [key for key in wanted if key not in mine]
+    if missing:
+        raise ValueError(f"state_dict[{STATE_KEY!r}] has no {missing[0]!r}, expected {', '.join(map(repr, wanted))}")
+    for key in ("rho", "tau"):
+        _checks.per_modality(f"state_dict[{STATE_KEY!r}][{key!r}]", _mapping(mine, key), core.modalities.names)
+    _check_counters(core, _mapping(mine, "counters"))
+    groups = len(state_dict["param_groups"])
+    if len(mine["initial_lr"]) != groups:
+        raise ValueError(
+            f"state_dict[{STATE_KEY!r}]['initial_lr'] has {len(mine['initial_lr'])} entries, expected {groups}, one "
+            "for each group"
+        )
+    core.projection.check(_mapping(mine, "projection"))
+
+
+def load(core: Core, mine: Mapping[str, Any]) -> None:
+    """Take over our part of a state dict that :func:`check` has passed."""
+    names = core.modalities.names
+    core.rho, core.tau = PerModality("rho", mine["rho"], names), PerModality("tau", mine["tau"], names)
+    core.initial_lr = list(mine["initial_lr"])
+    core.counters.put_back(Counters.of(names, mine["counters"]))
+    core.projection.load(mine["projection"])
+
+
+def _mapping(mine: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    if not isinstance(mine[key], Mapping):
+        raise ValueError(f"state_dict[{STATE_KEY!r}][{key!r}] is a {type(mine[key]).__name__}, expected a mapping")
+    return mine[key]  # type: ignore[no-any-return]
+
+
+def _check_groups(core: Core, state_dict: Mapping[str, Any]) -> None:
+    """Groups and state are those of parameters like ours: as many, and tensors of their shapes."""
+    groups, mine = state_dict["param_groups"], core.base.param_groups
+    if not isinstance(groups, Iterable) or not all(
+        isinstance(group, Mapping) and "params" in group for group in groups
+    ):
+        raise ValueError("state_dict['param_groups'] is no list of groups, expected mappings with 'params'")
+    found = [len(group["params"]) for group in groups]
+    wanted = [len(group["params"]) for group in mine]
+    if found != wanted:
+        raise ValueError(f"the state dict is of groups of {found} parameters, expected {wanted}")
+    entries = state_dict["state"]
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"state_dict['state'] is a {type(entries).__name__}, expected a mapping")
+    saved = [key for group in groups for key in group["params"]]
+    params = [p for group in mine for p in group["params"]]
+    for key, p in zip(saved, params, strict=True):
+        entry = entries.get(key)
+        if not isinstance(entry, Mapping):
+            continue
+        for name, value in entry.items():
+            if name in _OF_ONE_SHAPE and isinstance(value, torch.Tensor) and value.shape != p.shape:
+                raise ValueError(
+                    f"the state dict has {name!r} of shape {tuple(value.shape)} for parameter {key!r}, expected "
+                    f"{tuple(p.shape)}: it is of another model"
+                )
+
+
+def _check_counters(core: Core, counters: Mapping[str, Any]) -> None:
+    fresh = Counters(core.modalities.names).state()
+    for key, usual in fresh.items():
+        label = f"state_dict[{STATE_KEY!r}]['counters'][{key!r}]"
+        if key not in counters:
+            raise ValueError(f"{label} is missing")
+        value = counters[key]
+        if isinstance(usual, dict):
+            if not isinstance(value, Mapping) or set(value) != set(usual):
+                raise ValueError(f"{label} is {value!r}, expected an entry for each of {list(usual)}")
+        elif key == "open":
+            if value is not None:
+                core.modalities.check(value, label)
+        elif type(value) is not type(usual):
+            raise ValueError(f"{label} is {value!r}, expected {'True or False' if usual is False else 'an integer'}")

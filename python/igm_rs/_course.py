@@ -1,0 +1,103 @@
+"""The course of training: when a turn begins and ends, and when T is made (Algorithm 1, lines 1-3 and 11-13)."""
+
+from __future__ import annotations
+
+import torch
+
+from ._core import Core
+
+__all__ = ["Course"]
+
+
+class Course:
+    """Begins and ends the turns of an optimizer whose parts are `core`."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def enter(self, active: str) -> None:
+        """Note that a step (or a collecting pass) of `active` succeeds; the first of a turn begins its Ȳ."""
+        core = self._core
+        counters = core.counters
+        implicit = core.turn is None
+        if implicit and (counters.explicit or (core.refresh == "turn" and counters.open not in (None, active))):
+            self.leave()
+        if implicit and core.refresh == "turn" and len(core.modalities.names) == 1 and core.projects(active):
+            core.warn_once(
+                "one modality",
+                f"{active!r} is the only modality and refresh is 'turn', so outside turn() its projector is never "
+                "made; open turns, or give refresh=n",
+                stacklevel=8,
+            )
+        if not counters.started[active]:
+            core.projection.begin(active)
+            counters.started[active] = True
+            counters.since[active] = 0
+            self._start_anew(active)
+        if not implicit or core.refresh == "turn":
+            counters.open, counters.explicit = active, not implicit
+
+    def leave(self) -> None:
+        """End the turn that steps outside any turn have formed; drop one that an exception has left."""
+        counters = self._core.counters
+        if counters.open is None:
+            return
+        if counters.explicit:
+            self._core.projection.discard(counters.open)
+            counters.close()
+        else:
+            self.end(counters.open)
+
+    def end(self, modality: str) -> None:
+        """End the turn of `modality` with a new T of it, where T is made at the end of turns."""
+        core = self._core
+        counters = core.counters
+        try:
+            if core.refresh != "manual" and (counters.since[modality] or counters.replaced):
+                self.make_projector(modality)
+        finally:
+            counters.turns += 1
+            counters.close()
+
+    def count(self, active: str) -> None:
+        """Count a step of `active`, and make T where n steps have been taken."""
+        core = self._core
+        counters = core.counters
+        counters.steps += 1
+        counters.since[active] += 1
+        if isinstance(core.refresh, int) and counters.since[active] >= core.refresh:
+            self.make_projector(active)
+            if core.turn is None:  # n steps outside any turn were one
+                counters.started[active] = False
+                counters.turns += 1
+
+    def make_projector(self, modality: str) -> None:
+        """T of `modality` from its Ȳ (Eq. 4); RuntimeError where steps were taken and a layer saw no features."""
+        core = self._core
+        counters = core.counters
+        stepped = counters.since[modality] > 0 and not counters.replaced
+        unseen = core.projection.unseen(modality) if stepped else []
+        tau = {layer.name: core.tau_of(layer, modality) for layer in core.projection.layers[modality]}
+        needed = any(modality in listed for listed in core.projection.sources.values())
+        core.projection.refresh(modality, tau)
+        steps, counters.since[modality] = counters.since[modality], 0
+        if needed and any(tau[layer.name] > 0 for layer in unseen):
+            raise RuntimeError(
+                f"{modality!r} took {steps} steps and its projected layer {unseen[0]} saw no features, so its "
+                "projector cannot be made: expected the layer's own forward to be called, in training mode, in each "
+                "first pass"
+            )
+
+    def _start_anew(self, active: str) -> None:
+        """The options of ``reset``, at the first step of a turn."""
+        core = self._core
+        if "momentum" in core.reset:
+            for _, members in core.modalities.active[active]:
+                for p in members:
+                    core.base.state.pop(p, None)
+        if "lr" in core.reset:
+            for group, lr in zip(core.base.param_groups, core.initial_lr, strict=True):
+                if isinstance(group.get("lr"), torch.Tensor):
+                    group["lr"].fill_(lr)
+                elif "lr" in group:
+                    group["lr"] = lr

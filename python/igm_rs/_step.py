@@ -1,0 +1,581 @@
+"""One step of the active modality (Algorithm 1, lines 5-10): taken wholly, or not at all."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _igm_rs
+from ._base import step_without_hooks
+from ._core import Closure, Core, Perturbed
+from ._course import Course
+from ._random import RandomState
+from ._rollback import Rollback
+from .stats import effective_perturbation, step_stats
+
+__all__ = ["Stepper"]
+
+_NOTICEABLE = 0.5
+"""Share of ρ: a perturbation whose realised length is below it is warned about."""
+
+Figures = dict[str, Any]
+
+
+class Stepper:
+    """Takes the steps of an optimizer whose parts are `core`."""
+
+    def __init__(self, core: Core, course: Course) -> None:
+        self._core = core
+        self._course = course
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The three forms of a step
+
+    def step(self, closure: Closure | None, scaler: Any) -> Any:
+        """First pass by `closure`, or the gradients at hand; then all the rest. Returns the loss of the first pass."""
+        core = self._core
+        core.refuse_perturbed("step")
+        replay, core.replay = core.replay, None
+        random, core.random = core.random, None
+        if replay is not None and closure is not None:
+            raise RuntimeError("step(closure) after replay(closure): expected step() without a closure, or no replay")
+        loss = None
+        second, of_second = closure, scaler
+        if closure is not None:
+            core.tap.drop()
+            if core.preserve_rng:
+                random = self._random_now()
+            try:
+                with torch.enable_grad():
+                    loss = _loss_of(closure)
+            except BaseException:
+                core.tap.drop()
+                raise
+        elif replay is not None:
+            if core.preserve_rng and random is None:
+                raise RuntimeError(_REMEMBER.format("replay"))
+            second, of_second = replay.closure, replay.scaler
+        if self._make_state_only(closure):
+            return loss
+        try:
+            with torch.no_grad():
+                self._step(second, loss, closure is not None, scaler, of_second, random)
+        except BaseException:
+            core.tap.drop()
+            core.scaling.abandon()
+            raise
+        return loss
+
+    def first(self, scaler: Any) -> None:
+        """Perturb the weights, θ ← θ + ε* (Eq. 7)."""
+        core = self._core
+        core.refuse_perturbed("first_step")
+        random, core.random = core.random, None
+        if core.preserve_rng and random is None:
+            raise RuntimeError(_REMEMBER.format("first_step"))
+        with torch.no_grad():
+            active = core.who_steps()
+            begun = Perturbed(active, [], [], {})
+            if active is not None:
+                self._check_processes(active)
+                params, gradients, rhos = core.moving(active)
+                self._unscale(scaler, params, 0)
+                figures = begun.figures
+                figures["grad_norm"] = norm = _igm_rs.gradient_norm(gradients)
+                figures["usable"] = _usable(norm)
+                if figures["usable"]:
+                    before = core.buffers(params)
+                    figures["parts"] = _parts(gradients, rhos, norm)
+                    _igm_rs.restore_(before, params)  # whatever interrupts from here on, there is a way back
+                    core.perturbed = Perturbed(active, params, before, figures)
+                    try:
+                        figures["perturbation"] = _igm_rs.perturb_(params, gradients, before, norm, rhos)
+                    except BaseException:
+                        core.abandon_perturbation()
+                        raise
+            core.perturbed = core.perturbed or begun
+            core.begin_second_pass()
+            if random is not None:
+                random.restore()
+
+    def second(self, scaler: Any) -> None:
+        """Restore the weights to the bit and step with the gradients at θ + ε* (Eqs. 8 and 9)."""
+        core = self._core
+        if core.perturbed is None:
+            raise RuntimeError("second_step without first_step: the weights are not perturbed")
+        active, figures = core.perturbed.active, core.perturbed.figures
+        with torch.no_grad():
+            core.restore()
+            if active is None:
+                return
+            try:
+                params, gradients, rhos = core.moving(active)
+                self._unscale(scaler, params, 1)
+                figures["grad_norm_perturbed"] = norm = _igm_rs.gradient_norm(gradients)
+                if not (figures["usable"] and _usable(norm)):
+                    self._skip(active, figures)
+                    return
+                self._finish(active, figures, params, gradients)
+            except BaseException:
+                core.tap.drop()
+                core.scaling.abandon()
+                raise
+        self._judge_perturbation(figures, rhos)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Within a step
+
+    def _step(
+        self,
+        second: Closure | None,
+        loss: Any,
+        computed: bool,
+        scaler: Any,
+        of_second: Any,
+        random: RandomState | None,
+    ) -> None:
+        core = self._core
+        active = core.who_steps()
+        params, gradients, rhos = ([], [], []) if active is None else core.moving(active)
+        if active is None or not params:
+            core.tap.drop()
+            if computed:
+                self._check_computed(active)
+            return
+        self._check_processes(active)
+        self._unscale(scaler, params, 0)
+        if capturing(params):
+            self._captured(active, params, gradients, rhos, second, of_second)
+            return
+        figures: Figures = {"loss": loss}
+        sam = any(rho != 0 for rho in rhos)
+        figures["grad_norm"] = norm = _igm_rs.gradient_norm(gradients)
+        two_passes = sam and second is not None
+        judged_later = two_passes and norm.device.type != "cpu"  # so that a step waits for the device once, not twice
+        if not judged_later and not (_usable(norm) if sam or core.projects(active) else _finite(norm)):
+            self._skip(active, figures)
+        elif two_passes and second is not None:
+            self._sam_step(active, second, of_second, params, gradients, rhos, figures, random)
+        else:
+            self._finish(active, figures, params, gradients, unperturbed=sam)
+            if sam:
+                core.warn_once(
+                    "closure",
+                    f"step() was called without a closure while rho is {core.rho[active]}: SAM needs step(closure) (or "
+                    "first_step and second_step); projection and the base optimizer's step are done without it",
+                )
+
+    def _sam_step(
+        self,
+        active: str,
+        closure: Closure,
+        scaler: Any,
+        params: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        rhos: list[float],
+        figures: Figures,
+        random: RandomState | None,
+    ) -> None:
+        """Second pass at θ + ε* (Eq. 8). Whatever leaves the closure, the weights are restored before anything else."""
+        core = self._core
+        before = core.buffers(params)
+        done: list[bool] = []
+        then: dict[str, Any] = {"skip": False, "way back": None}
+
+        def at_perturbed_weights() -> Any:
+            moving, second = self._second_pass(active, closure, scaler, random, figures)
+            then["moving"], then["gradients"] = moving, second
+            then["skip"] = not _usable(figures["grad_norm"], figures["grad_norm_perturbed"])
+            then["same"] = len(moving) == len(params) and all(map(operator.is_, moving, params))
+            fused = None if then["skip"] or core.project_update or not then["same"] else core.fused
+            if fused is None or not fused.possible(params, second):
+                return None
+            then["way back"] = Rollback(core, active, [], [], deep=False)
+            self._prepare(active, figures)
+            arguments = fused.prepare(core.modalities.active[active], second)
+            self._note(active, figures)
+            return *arguments, done
+
+        on_cpu = figures["grad_norm"].device.type == "cpu"  # elsewhere it is measured at the first step of a turn
+        measure = on_cpu or "perturbation" not in core.warned or not core.counters.started[active]
+        figures["parts"] = _parts(gradients, rhos, figures["grad_norm"])
+        try:
+            core.begin_second_pass()
+            figures["perturbation"] = _igm_rs.at_perturbed(
+                params, gradients, before, figures["grad_norm"], rhos, at_perturbed_weights, measure
+            )
+        except BaseException:
+            if then["way back"] is not None and not done:
+                then["way back"].undo()
+            raise
+        finally:
+            core.end_second_pass()
+        if then["skip"]:
+            self._skip(active, figures)
+            return
+        if not done:
+            self._finish(active, figures, then["moving"], then["gradients"], kept=then["same"])
+        self._judge_perturbation(figures, rhos)
+
+    def _second_pass(
+        self, active: str, closure: Closure, scaler: Any, random: RandomState | None, figures: Figures
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Gradient at θ + ε*: the closure once more. Returns what has gradients now, and these."""
+        core = self._core
+        if random is not None:
+            random.restore()
+        with torch.enable_grad():
+            figures["loss_perturbed"] = _loss_of(closure)
+        moving, gradients, _ = core.moving(active)
+        if not moving:
+            self._check_computed(active)
+        self._unscale(scaler, moving, 1)
+        figures["grad_norm_perturbed"] = _igm_rs.gradient_norm(gradients)
+        return moving, gradients
+
+    def _finish(
+        self,
+        active: str,
+        figures: Figures,
+        params: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        *,
+        unperturbed: bool = False,
+        kept: bool = False,
+    ) -> None:
+        """Project and let the base optimizer step (Eq. 9; Algorithm 1, line 10), wholly or not at all.
+
+        `kept`: the weights' memory holds these weights already.
+        """
+        core = self._core
+        fused = None if core.project_update else core.fused
+        done: list[bool] = []
+        if fused is not None and fused.possible(params, gradients):
+            way_back = Rollback(core, active, [], [], deep=False)
+        else:
+            fused = None
+            before = core.buffers(params) if core.atomic or core.project_update else []
+            if before and not kept:
+                _igm_rs.restore_(before, params)
+            way_back = Rollback(core, active, params if before else [], before, deep=core.atomic)
+        try:
+            core.counters.unperturbed += unperturbed
+            self._prepare(active, figures)
+            if fused is not None:
+                arguments = fused.prepare(core.modalities.active[active], gradients)
+                self._note(active, figures)
+                _igm_rs.sgd_step_(params, [], *arguments, done)
+            else:
+                self._base_step(active)
+                if core.project_update:
+                    self._project_update(active, figures)
+                self._note(active, figures)
+        except BaseException:
+            if not done:
+                way_back.undo()
+            raise
+
+    def _captured(
+        self,
+        active: str,
+        params: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        rhos: list[float],
+        closure: Closure | None,
+        scaler: Any,
+    ) -> None:
+        """Record a step in a CUDA graph: the host reads nothing, and an unusable gradient is undone on the device.
+
+        Nothing is computed while a graph is recorded, so no counter moves; features are not gathered, now or when the
+        graph is replayed.
+        """
+        core = self._core
+        sam = closure is not None and any(rho != 0 for rho in rhos)
+        figures: Figures = {"grad_norm": _igm_rs.gradient_norm(gradients)}
+        moving, before = params, core.buffers(params)
+        if sam and closure is not None:
+            core.begin_second_pass()
+            found: list[Any] = []
+            try:
+                _igm_rs.at_perturbed(
+                    params,
+                    gradients,
+                    before,
+                    figures["grad_norm"],
+                    rhos,
+                    lambda: found.extend(self._second_pass(active, closure, scaler, None, figures)),
+                    False,
+                )
+            finally:
+                core.end_second_pass()
+            moving = found[0]
+            before = core.buffers(moving)
+        _igm_rs.restore_(before, moving)
+        way_back = Rollback(core, active, moving, before, deep=True)
+        try:
+            layers, projectors, own = self._projected(active)
+            if layers and not core.project_update:
+                _igm_rs.project_(own, projectors)
+            self._clip(active, figures)
+            self._base_step(active)
+            if core.project_update:
+                self._project_update(active, figures)
+            usable = torch.ones((), dtype=torch.bool, device=moving[0].device)
+            for name in ("grad_norm", "grad_norm_perturbed"):
+                if name in figures:
+                    usable &= torch.isfinite(figures[name])
+                    if sam or core.projects(active):
+                        usable &= figures[name] > 0
+            for tensor, kept in way_back.pairs():
+                here = usable.to(tensor.device) if tensor.is_cuda or not usable.is_cuda else None
+                if here is not None:  # a count on the host, as of an optimizer that is not capturable, stays
+                    tensor.copy_(torch.where(here, tensor, kept))
+        except BaseException:
+            way_back.undo()
+            raise
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Parts of a step
+
+    def _prepare(self, active: str, figures: Figures) -> None:
+        """Begin the turn where this is its first step; ∇W ← ∇W T (Eq. 9); clip."""
+        core = self._core
+        self._course.enter(active)
+        layers, projectors, gradients = self._projected(active)
+        if layers and not core.project_update:
+            figures["projected"] = _igm_rs.project_(gradients, projectors)
+        figures["layers"] = layers
+        self._clip(active, figures)
+
+    def _projected(self, active: str) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
+        """The layers of `active` that have a T and a gradient: names, T's, gradients."""
+        having = [
+            (layer.name, projector, gradient)
+            for layer, projector in zip(*self._core.projection.for_step(active), strict=True)
+            if (gradient := layer.module.weight.grad) is not None
+        ]
+        return [name for name, _, _ in having], [T for _, T, _ in having], [gradient for _, _, gradient in having]
+
+    def _clip(self, active: str, figures: Figures) -> None:
+        """Clip all that moves to ``max_grad_norm`` together."""
+        core = self._core
+        if core.max_grad_norm is None:
+            return
+        params, gradients, _ = core.moving(active)
+        figures["grad_norm_projected"] = norm = _igm_rs.gradient_norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(params, core.max_grad_norm, norm)
+
+    def _base_step(self, active: str) -> None:
+        """The base optimizer's step on what moves now; whatever else has a gradient is hidden from it meanwhile."""
+        core = self._core
+        hidden = [(p, p.grad) for p in core.modalities.inactive[active] if p.grad is not None]
+        try:
+            for p, _ in hidden:
+                p.grad = None
+            step_without_hooks(core.base)
+        finally:
+            for p, gradient in hidden:
+                p.grad = gradient
+
+    def _project_update(self, active: str, figures: Figures) -> None:
+        """Let T act on what the base optimizer has moved the weights by."""
+        core = self._core
+        layers, projectors = core.projection.for_step(active)
+        having = [
+            (layer, projector)
+            for layer, projector in zip(layers, projectors, strict=True)
+            if layer.module.weight.grad is not None
+        ]
+        if having:
+            weights: list[torch.Tensor] = [layer.module.weight for layer, _ in having]
+            before = [core.before[weight] for weight in weights]
+            figures["projected"] = _igm_rs.project_update_(weights, before, [projector for _, projector in having])
+
+    def _note(self, active: str, figures: Figures) -> None:
+        """Count the step and let its features count."""
+        core = self._core
+        own = {layer.name for layer in core.projection.layers[active]}
+        rows = core.tap.take() if core.turn is not None else core.tap.take(own)
+        if not core.counters.replaced:
+            core.projection.add(active, rows)
+        acted = core.projection.spectra_for(active)
+        position = core.counters.turns, core.counters.steps + 1
+        self._course.count(active)
+        self._tell(active, figures, acted, position, skipped=False)
+
+    def _skip(self, active: str, figures: Figures) -> None:
+        """Count a step that is not taken; everything else stays as it was."""
+        core = self._core
+        core.tap.drop()
+        core.counters.skipped += 1
+        self._tell(active, figures, {}, (core.counters.turns, core.counters.steps), skipped=True)
+
+    def _unscale(self, scaler: Any, params: list[torch.Tensor], which: int) -> None:
+        if scaler is not None and params:
+            self._core.scaling.unscale(scaler, params, which)
+
+    def _random_now(self) -> RandomState:
+        params = [p for group in self._core.base.param_groups for p in group["params"]]
+        if params and capturing(params):
+            raise RuntimeError("preserve_rng=True while a CUDA graph is recorded: expected preserve_rng=False there")
+        return RandomState({p.device for p in params})
+
+    def remember_random(self) -> None:
+        """Note the generators' state for a first pass that begins now."""
+        self._core.random = self._random_now()
+
+    def _check_computed(self, active: str | None) -> None:
+        """Raise RuntimeError unless there is nothing that asks for a gradient."""
+        count = self._core.trainable(active)
+        if count:
+            of = "" if active is None else f" of {active!r}"
+            raise RuntimeError(
+                f"closure computed no gradient: none of the {count} parameters{of} has one after it; expected it to "
+                "call backward() on a loss that depends on them"
+            )
+
+    def _check_processes(self, active: str) -> None:
+        """Raise RuntimeError where T would differ from process to process."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+            return
+        if self._core.projects(active):
+            raise RuntimeError(
+                f"projection in {distributed.get_world_size()} processes: each would make another T from its own "
+                "features, and the replicas would drift apart; expected tau=0 (SAM works), or one process"
+            )
+
+    def _make_state_only(self, closure: Closure | None) -> bool:
+        """Let the base make its state and nothing else, as torch.distributed.checkpoint asks by a step with lr 0.
+
+        It gives every parameter a gradient of zeros and lr 0 while there is no state. What the base makes of that is
+        there for a checkpoint to fill, and forgotten if training goes on without one.
+        """
+        core = self._core
+        state = core.base.state
+        if core.provisional:
+            state.clear()
+            core.provisional = False
+        if closure is not None or state:
+            return False
+        groups = core.base.param_groups
+        if not groups or not all("lr" in group and float(group["lr"]) == 0 for group in groups):
+            return False
+        params = [p for group in groups for p in group["params"] if p.requires_grad]
+        if not params or any(p.grad is None for p in params):
+            return False
+        with torch.no_grad():
+            if float(_igm_rs.gradient_norm([p.grad for p in params if p.grad is not None])) != 0:
+                return False
+            step_without_hooks(core.base)
+        core.provisional = bool(state)
+        core.tap.drop()
+        return True
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # What is told
+
+    def _tell(
+        self,
+        active: str,
+        figures: Figures,
+        spectra: dict[str, torch.Tensor],
+        position: tuple[int, int],
+        *,
+        skipped: bool,
+    ) -> None:
+        """Prepare ``last_stats``: everything stays on its device until it is looked at."""
+        core = self._core
+        turn, step = position
+        constants = {
+            "active": active,
+            "sources": list(core.projection.sources[active]),
+            "turn": turn,
+            "round": _igm_rs.turn_at(turn, len(core.modalities.names))[0],
+            "step": step,
+            "skipped": skipped,
+            "skipped_steps": core.counters.skipped,
+        }
+        core.last_stats = step_stats(constants, figures, spectra)
+
+    def _judge_perturbation(self, figures: Figures, rhos: list[float]) -> None:
+        """Warn once where the dtype swallows most of the perturbation (method.md §7)."""
+        warned = self._core.warned
+        if "perturbation" in warned or figures.get("perturbation") is None:
+            return
+        length, moved = effective_perturbation(figures)
+        if figures["perturbation"].device.type != "cpu":
+            warned.add("perturbation")  # looked at once: the next look would wait for the device again
+        if length is not None and length < _NOTICEABLE:
+            warned.discard("perturbation")
+            self._core.warn_once(
+                "perturbation",
+                f"rho = {max(rhos):g} is below the resolution of the weights: the realised perturbation has "
+                f"{length:.2%} of the length asked for and moved {moved or 0:.2%} of them, so SAM does next to "
+                "nothing; 0.02 to 0.05 is a usual rho",
+            )
+
+
+_REMEMBER = (
+    "{0} with preserve_rng=True does not know what the first pass has drawn: expected opt.remember_rng() before the "
+    "first pass's forward, or step(closure)"
+)
+
+
+def capturing(params: list[torch.Tensor]) -> bool:
+    """Whether a CUDA graph is being recorded on the stream that `params` are computed on."""
+    return params[0].is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def one_closure(
+    closures: list[Closure] | tuple[Closure, ...], clear: Callable[[], None], core: Core
+) -> Callable[[], Any]:
+    """Return a closure that runs several, each on a micro-batch, with gradients cleared once, before the first.
+
+    It returns the sum of their losses. ``zero_grad`` in one of them would undo those before it and is refused.
+    """
+
+    def run() -> Any:
+        clear()
+        core.accumulating = True
+        try:
+            total = _loss_of(closures[0])
+            for closure in closures[1:]:
+                total = total + _loss_of(closure)
+        finally:
+            core.accumulating = False
+        return total
+
+    return run
+
+
+def _loss_of(closure: Closure) -> Any:
+    """Call the closure; TypeError where it returns no loss."""
+    loss = closure()
+    if loss is None:
+        raise TypeError("closure returned None, expected the loss: a tensor or a number")
+    return loss
+
+
+def _finite(norm: torch.Tensor) -> bool:
+    return math.isfinite(float(norm))
+
+
+def _usable(*norms: torch.Tensor) -> bool:
+    """Whether a step can be taken: each gradient norm finite and not zero. Waits for the device of the norms."""
+    return all(math.isfinite(value) and value > 0 for value in map(float, norms))
+
+
+def _parts(gradients: list[torch.Tensor], rhos: list[float], norm: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
+    """Each ρ with the norm of the gradients that it is for: what the length of ε* follows from."""
+    different = sorted(set(rhos))
+    if len(different) == 1:
+        return [(different[0], norm)]
+    return [
+        (rho, _igm_rs.gradient_norm([g for g, own in zip(gradients, rhos, strict=True) if own == rho]))
+        for rho in different
+    ]
