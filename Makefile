@@ -12,7 +12,7 @@ BUILD_ENV := $(BIN)/python build_backend/igm_build.py
 BUILD_FILES := pyproject.toml build_backend/igm_build.py
 SOURCES := $(BUILD_FILES) Cargo.toml Cargo.lock build.rs .cargo/config.toml $(wildcard src/*)
 
-.PHONY: install demo test test-install lint bench wheel clean
+.PHONY: install demo test test-long contract test-install lint bench wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -32,6 +32,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-long: install
+	$(BIN)/python -m pytest tests/test_state_machine.py --hypothesis-profile=long
+
+contract: install
+	$(BIN)/python tests/contract_table.py --write
 
 test-install: install
 	$(BIN)/python -m pytest -m slow tests/test_package.py

@@ -106,6 +106,7 @@ impl Info {
         match (self.device_type, self.device_index) {
             (0, _) => "cpu".to_owned(),
             (1, index) => format!("cuda:{index}"),
+            (14, _) => "meta".to_owned(),
             (kind, index) => format!("device type {kind}:{index}"),
         }
     }

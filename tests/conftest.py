@@ -11,6 +11,14 @@ hypothesis.settings.register_profile(
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
+# `pytest --hypothesis-profile=long tests/test_state_machine.py`: other examples each time; a failure says how to repeat it.
+hypothesis.settings.register_profile(
+    "long",
+    max_examples=2000,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 hypothesis.settings.load_profile("igm")
 
 NO_CUDA = "needs a CUDA device, and torch sees none"

@@ -81,7 +81,8 @@ def closure_for(opt, model, name, batch):
 
 def distance(model, other):
     """Return the greatest absolute difference between the parameters of two models."""
-    return max((p - q).abs().max().item() for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return torch.stack([(p - q).abs().max().double() for p, q in pairs]).max().item()  # a NaN stays one
 
 
 class Pair:

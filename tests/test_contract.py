@@ -581,7 +581,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 @pytest.mark.parametrize("on", ["igm", "base"])
-def test_schedulers_move_the_base_lr(make, on):
+def test_c_schedulers_move_the_base_lr(make, on):
     torch.manual_seed(0)
     model = OwnHeads().double()
     twin = copy.deepcopy(model)
@@ -610,7 +610,7 @@ def test_schedulers_move_the_base_lr(make, on):
 
 
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_schedulers_go_on_after_load(make):
+def test_c_schedulers_go_on_after_load(make):
     groups = lambda m: [{"params": m.encoders.parameters()}, {"params": m.heads.parameters()}]  # noqa: E731
 
     def build_two():
@@ -639,7 +639,7 @@ def test_schedulers_go_on_after_load(make):
     assert distance(model, twin) == 0
 
 
-def test_step_hooks_fire_once():
+def test_a12_step_hooks_fire_once():
     """Those of the optimizer, those set on the base before it was wrapped, and torch's global ones."""
     layer = nn.Linear(2, 2)
     base = torch.optim.SGD(layer.parameters(), lr=0.1)

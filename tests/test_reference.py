@@ -290,6 +290,180 @@ def test_collect_replaces_the_rows_of_its_turn():
     near(oracle.projectors["v"][model.v], matrix([0.5, 0], [0, 1]))
 
 
+def test_micro_batches_are_summed_by_hand():
+    # L₁ = θ²/2 and L₂ = 2θ at θ = 2: L = 2 + 4, g = 2 + 2. ε* = 0.05, ∇L(θ + ε*) = 2.05 + 2. A part that one of them
+    # does not know has the other's gradient, one that none knows has none.
+    theta, other, unused = (nn.Parameter(torch.tensor([2.0], dtype=F64)) for _ in range(3))
+
+    def linear():
+        return (2 * theta + 0 * other).sum()
+
+    losses = [half_square(theta), linear]
+    value, gradients = paper.gradients_of(losses, [theta, other, unused])
+    assert value == 6.0
+    assert [g if g is None else g.item() for g in gradients] == [4.0, 0.0, None]
+    oracle = paper.Algorithm1({"only": [theta]}, torch.optim.SGD([theta], lr=0.1), rho=0.05)
+    assert oracle.step("only", losses) == 6.0
+    near(theta.detach(), torch.tensor([2 - 0.405], dtype=F64))
+
+
+def test_every_micro_batch_brings_a_row():
+    model = Pair()
+    oracle = oracle_of(model)
+    oracle.step("a", [lambda: model.loss("a", matrix([1, 0])), lambda: model.loss("a", matrix([0, 2]))])
+    near(oracle.covariance_of("a", model.a), matrix([1, 0], [0, 4]))
+
+
+def test_clipping_by_hand():
+    # ‖(3, 4)‖ = 5: to norm 1 both are divided by 5 (and the millionth that PyTorch adds), to norm 10 they stay.
+    first, missing, second = paper.clipped([matrix([3]), None, matrix([4])], 1.0)
+    near(torch.cat([first, second]), matrix([0.6], [0.8]), 1e-6)
+    assert missing is None
+    assert paper.clipped([matrix([3]), matrix([4])], 10.0)[1].item() == 4
+
+
+def test_projected_gradients_are_clipped():
+    # As in the two turns by hand: ∇W T⁽ᵃ⁾ = (1, 2) has norm √5 and is clipped to 1; unclipped ∇W = (2, 2) was not.
+    model = Pair()
+    oracle = oracle_of(model, max_grad_norm=1.0)
+    oracle.projectors["a"][model.a] = matrix([0.5, 0], [0, 1])
+    oracle.step("v", lambda: model.loss("v", matrix([1, 1])))
+    near(model.v.weight.detach(), matrix([1 - 0.5 / math.sqrt(5), 1 - 1 / math.sqrt(5)]), 1e-6)
+
+
+def test_group_has_its_own_rho_and_tau():
+    # ‖g‖ = ‖(3, 4)‖ = 5; ε* = 0.5 · 3/5 for the one, 5 · 4/5 for the other, whose group says so.
+    one, other = (nn.Parameter(torch.tensor([value], dtype=F64)) for value in (3.0, 4.0))
+    base = torch.optim.SGD([{"params": [one]}, {"params": [other], "rho": 5.0}], lr=1.0)
+    oracle = paper.Algorithm1({"only": [one, other]}, base, rho=0.5)
+    oracle.step("only", lambda: half_square(one)() + half_square(other)())
+    near(torch.stack([one.detach(), other.detach()]), matrix([-0.3], [-4]))
+
+    model = Pair()
+    oracle = oracle_of(model, tau=0.4)
+    oracle.base.param_groups[0]["tau"] = math.log(2)
+    oracle.collect("a", [lambda: model.a(matrix([1, 0]))])
+    near(oracle.projectors["a"][model.a], matrix([0.5, 0], [0, 1]))
+
+
+def test_projector_keeps_the_tau_it_was_made_with():
+    model = Pair()
+    oracle = oracle_of(model)
+    with oracle.turn("a"):
+        oracle.step("a", lambda: model.loss("a", matrix([1, 0])))
+    oracle.tau = 0.0
+    near(oracle.projector_for("v", model.v), matrix([0.5, 0], [0, 1]))
+    oracle.refresh("a")
+    assert oracle.projector_for("v", model.v) is None
+
+
+def test_added_group_moves_in_every_turn():
+    model = Pair()
+    oracle = oracle_of(model, lr=0.1)
+    shift = nn.Parameter(torch.tensor([1.0], dtype=F64))
+    oracle.add_param_group({"params": [shift], "lr": 0.25})
+    for name, expected in (("a", 0.75), ("v", 0.5625)):
+        oracle.step(name, half_square(shift))
+        near(shift.detach(), torch.tensor([expected], dtype=F64))
+
+
+def test_reset_at_the_first_step_of_a_turn():
+    # Momentum 0.5 and g = 1 throughout: 1, then 1.5; anew in the next turn, 1, with the lr that the base came with.
+    theta = nn.Parameter(torch.zeros(1, dtype=F64))
+    base = torch.optim.SGD([theta], lr=1.0, momentum=0.5)
+    oracle = paper.Algorithm1({"only": [theta]}, base, rho=0.0, reset=("momentum", "lr"))
+    for lr, positions in ((1.0, (-1.0, -2.5)), (0.25, (-3.5, -5.0))):
+        base.param_groups[0]["lr"] = lr
+        with oracle.turn("only"):
+            for expected in positions:
+                oracle.step("only", theta.sum)
+                assert theta.item() == expected
+
+
+def test_plain_step_with_a_zero_gradient_is_the_bases_own():
+    # Nothing is asked for but the base: weight decay 0.1 with lr 0.5 takes 1 to 0.95. With SAM it is skipped.
+    for rho, expected, skipped in ((0.0, 0.95, 0), (0.05, 1.0, 1)):
+        theta = nn.Parameter(torch.ones(1, dtype=F64))
+        oracle = paper.Algorithm1(
+            {"only": [theta]}, torch.optim.SGD([theta], lr=0.5, weight_decay=0.1), rho=rho, tau=0.4
+        )
+        oracle.step("only", lambda theta=theta: 0 * theta.sum())
+        assert (theta.item(), oracle.skipped) == (expected, skipped)
+
+
+def test_skipped_step_ends_no_turn():
+    model = Pair()
+    oracle = oracle_of(model)
+    oracle.step("a", lambda: model.loss("a", matrix([1, 0])))
+    oracle.step("v", lambda: math.nan * model.loss("v", matrix([1, 0])))
+    assert (oracle.open, oracle.turns, oracle.projectors["a"]) == ("a", 0, {})
+    oracle.step("v", lambda: model.loss("v", matrix([1, 0])))
+    assert (oracle.open, oracle.turns, list(oracle.projectors["a"])) == ("v", 1, [model.a])
+
+
+def test_turn_left_by_an_exception_goes_on_or_is_dropped():
+    for between, expected, turns in (((), (1, 4), 1), (("v",), (0, 4), 2)):
+        model = Pair()
+        oracle = oracle_of(model)
+        with pytest.raises(KeyboardInterrupt), oracle.turn("a"):
+            oracle.step("a", lambda model=model: model.loss("a", matrix([1, 0])))
+            raise KeyboardInterrupt
+        assert (oracle.projectors["a"], oracle.turns) == ({}, 0)
+        for name in (*between, "a"):
+            with oracle.turn(name):
+                oracle.step(name, lambda name=name, model=model: model.loss(name, matrix([0, 2])))
+        near(oracle.covariance_of("a", model.a), torch.diag(torch.tensor(expected, dtype=F64)))
+        assert oracle.turns == turns
+
+
+def test_kept_covariance_loses_the_rows_of_a_dropped_turn_only():
+    model = Pair()
+    oracle = oracle_of(model, covariance="kept")
+    with oracle.turn("a"):
+        oracle.step("a", lambda: model.loss("a", matrix([1, 0])))
+    with pytest.raises(KeyboardInterrupt), oracle.turn("a"):
+        oracle.step("a", lambda: model.loss("a", matrix([3, 0])))
+        raise KeyboardInterrupt
+    near(oracle.covariance_of("a", model.a), matrix([10, 0], [0, 0]))
+    oracle.step("v", lambda: model.loss("v", matrix([1, 0])))
+    near(oracle.covariance_of("a", model.a), matrix([1, 0], [0, 0]))
+
+
+def test_gradients_at_hand_count_what_was_forwarded_and_closures_do_not():
+    # z = 3 is forwarded without a step. With a closure only z = 1 counts; with gradients at hand both, and no SAM.
+    for how, expected, second in (("closure", 1, True), ("gradients", 10, False), ("replay", 10, True)):
+        model = Pair()
+        oracle = oracle_of(model, rho=0.05)
+        oracle.forward(lambda model=model: model.a(matrix([3, 0])))
+        oracle.step("a", lambda model=model: model.loss("a", matrix([1, 0])), how)
+        assert oracle.covariance_of("a", model.a)[0, 0] == expected
+        assert (oracle.losses[-1][1] is not None) == second
+        assert oracle.unperturbed == (not second)
+
+
+def test_two_calls_make_two_passes_even_without_sam():
+    model = Pair()
+    oracle = oracle_of(model)
+    oracle.step("a", lambda: model.loss("a", matrix([1, 0])), "two calls")
+    assert oracle.losses == [(0.5, 0.5)]
+
+
+def test_copy_of_twin_and_oracle_goes_on_alone():
+    model = Pair()
+    oracle = oracle_of(model)
+    oracle.enter("a")
+    oracle.step("a", lambda: model.loss("a", matrix([1, 0])))
+    twin, copied = copy.deepcopy((model, oracle))
+    copied.forget()
+    oracle.step("a", lambda: model.loss("a", matrix([5, 0])))
+    copied.enter("a")
+    copied.step("a", lambda: twin.loss("a", matrix([0, 2])))
+    copied.leave()
+    near(copied.covariance_of("a", twin.a), matrix([1, 0], [0, 4]))
+    assert (copied.turns, oracle.turns) == (1, 0)
+    assert model.a not in copied.rows["a"]
+
+
 def test_only_the_active_and_the_shared_move():
     parts = {n: nn.Parameter(torch.ones(1, dtype=F64)) for n in ("a", "v", "pair", "all")}
     base = torch.optim.SGD(parts.values(), lr=0.1, momentum=0.9, weight_decay=0.1)

@@ -435,7 +435,7 @@ def test_a_step_of_sgd_that_cannot_be_taken_restores_to_the_bit():
 def test_body_that_returns_something_else_is_an_error_and_restores(answer):
     params, gradients, before = problem("float32", torch.device("cpu"))
     old = copies(params)
-    with pytest.raises(TypeError, match="returned by body.*expected None or a tuple"):
+    with pytest.raises(TypeError, match=r"returned by body.*expected None or a tuple"):
         rust.at_perturbed(params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params), lambda: answer)
     assert same_bits(params, old)
 

@@ -55,4 +55,10 @@ def step_without_hooks(base: torch.optim.Optimizer) -> None:
 
 
 def _check_lr(lr: Any, argument: str) -> None:
-    _checks.non_negative(argument, lr.item() if isinstance(lr, torch.Tensor) else lr)
+    if isinstance(lr, torch.Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element: {argument} has the shape {tuple(lr.shape)}, expected ()")
+        if lr.is_meta:
+            raise ValueError(f"{argument} is a tensor on meta, expected one that holds a number")
+        lr = lr.item()
+    _checks.non_negative(argument, lr)

@@ -66,8 +66,12 @@ def check(core: Core, state_dict: Any) -> None:
     mine = own(state_dict)
     if mine is None:
         return
-    if not isinstance(mine, Mapping) or not isinstance(mine.get("version"), int):
-        raise ValueError(f"state_dict[{STATE_KEY!r}] is no state of IGMOptimizer, expected a mapping with its version")
+    if not isinstance(mine, Mapping):
+        raise ValueError(f"state_dict[{STATE_KEY!r}] is {mine!r}, expected the mapping that state_dict() returned")
+    if type(mine.get("version")) is not int:
+        raise ValueError(
+            f"state_dict[{STATE_KEY!r}]['version'] is {mine.get('version')!r}, expected an integer <= {STATE_VERSION}"
+        )
     if mine["version"] > STATE_VERSION:
         raise ValueError(
             f"the state dict has igm version {mine['version']}, expected at most {STATE_VERSION}: it was saved by a "
@@ -115,6 +119,7 @@ def _check_groups(core: Core, state_dict: Mapping[str, Any]) -> None:
     wanted = [len(group["params"]) for group in mine]
     if found != wanted:
         raise ValueError(f"the state dict is of groups of {found} parameters, expected {wanted}")
+    _check_options(core.base, groups)
     entries = state_dict["state"]
     if not isinstance(entries, Mapping):
         raise ValueError(f"state_dict['state'] is a {type(entries).__name__}, expected a mapping")
@@ -125,11 +130,33 @@ def _check_groups(core: Core, state_dict: Mapping[str, Any]) -> None:
         if not isinstance(entry, Mapping):
             continue
         for name, value in entry.items():
-            if name in _OF_ONE_SHAPE and isinstance(value, torch.Tensor) and value.shape != p.shape:
+            if not isinstance(value, torch.Tensor):
+                continue
+            where = f"the state dict has {name!r}"
+            if name in _OF_ONE_SHAPE and value.shape != p.shape:
                 raise ValueError(
-                    f"the state dict has {name!r} of shape {tuple(value.shape)} for parameter {key!r}, expected "
-                    f"{tuple(p.shape)}: it is of another model"
+                    f"{where} of shape {tuple(value.shape)} for parameter {key!r}, expected {tuple(p.shape)}: it is "
+                    "of another model"
                 )
+            if name in _OF_ONE_SHAPE and not value.is_floating_point():
+                raise ValueError(f"{where} of {value.dtype} for parameter {key!r}, expected a real floating dtype")
+            if value.is_meta and not p.is_meta:
+                raise ValueError(f"{where} on meta for parameter {key!r}, expected a tensor that holds numbers")
+
+
+def _check_options(base: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Groups have the options of `base`, but for those that its class fills in where a state dict is older."""
+    kind = type(base)
+    filled = kind.__new__(kind)
+    plain = [{key: value for key, value in group.items() if key != "params"} | {"params": []} for group in groups]
+    kind.__setstate__(filled, {"defaults": dict(base.defaults), "state": {}, "param_groups": plain})
+    for number, group in enumerate(plain):
+        missing = [key for key in base.defaults if key not in group]
+        if missing:
+            raise ValueError(
+                f"group {number} of the state dict has no {missing[0]!r}, expected the options of {kind.__name__}: it "
+                "is of another kind of optimizer"
+            )
 
 
 def _check_counters(core: Core, counters: Mapping[str, Any]) -> None:

@@ -133,6 +133,9 @@ class Core:
                 if gradient is not None:
                     params.append(p)
                     gradients.append(gradient)
+            for key in ("rho", "tau"):  # nobody checks a group when it is changed
+                if key in group:
+                    _checks.non_negative(f"{key} of a parameter group", group[key])
             rhos += [group.get("rho", default)] * (len(params) - before)
         return params, gradients, rhos
 

@@ -110,7 +110,7 @@ def pair(active: str, source: str, layers: Mapping[str, list[Layer]]) -> list[tu
     Raises
     ------
     ValueError
-        Both have layers and none can be paired; both lists are named.
+        Both have layers and none can be paired, or one would be paired twice; they are named.
     """
     mine, theirs = layers[active], layers[source]
     own = {id(layer.module): layer for layer in theirs}
@@ -120,6 +120,15 @@ def pair(active: str, source: str, layers: Mapping[str, list[Layer]]) -> list[tu
             pairs.append((layer, own[id(layer.module)]))
         elif position <= len(theirs) and theirs[-position].features == layer.features:
             pairs.append((layer, theirs[-position]))
+    taken: dict[int, Layer] = {}
+    for layer, other in pairs:
+        if id(other.module) in taken:
+            raise ValueError(
+                f"the pairing of {active!r} with {source!r} is ambiguous: its layers {layer} and "
+                f"{taken[id(other.module)]} both meet {other}; expected a shared layer at the same distance from the "
+                "output in both heads"
+            )
+        taken[id(other.module)] = layer
     if mine and not pairs:
         raise ValueError(
             f"the heads of {active!r} and {source!r} have no layer in common: {', '.join(map(str, mine))} against "

@@ -248,6 +248,9 @@ class Projection:
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError, naming both sides, unless `state` is of the same options, modalities, layers, widths."""
+        missing = [key for key in self.state() if key not in state]
+        if missing:
+            raise ValueError(f"the state dict's projection has no {missing[0]!r}, expected what state_dict() returned")
         for option in ("projector", "features"):
             if state[option] != getattr(self.options, option):
                 raise ValueError(
@@ -263,13 +266,11 @@ class Projection:
                     f"the state dict projects layers {sorted(saved[name])} of {name!r}, expected {sorted(layers)}"
                 )
             for layer, d in layers.items():
-                tensors = [saved[name][layer][part][key] for part in ("past", "present") for key in ("rows", "matrix")]
-                tensors.append(state["projectors"][name].get(layer, {}).get("projector"))
-                for tensor in tensors:
-                    if tensor is not None and tensor.shape[-1] != d:
-                        raise ValueError(
-                            f"the state dict has width {tensor.shape[-1]} for layer {layer!r} of {name!r}, expected {d}"
-                        )
+                parts = [(saved[name][layer][part], key) for part in ("past", "present") for key in ("rows", "matrix")]
+                parts.append((state["projectors"][name].get(layer, {}), "projector"))
+                parts += [(state["recursions"].get(layer, {}), "projector")]
+                for part, key in parts:
+                    _check_tensor(f"layer {layer!r} of {name!r}", key, part.get(key), d)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave; tensors keep their own precision and go to their layer's device."""
@@ -347,3 +348,23 @@ class Projection:
         """α of the `update`-th row: α^(1 + batch/batches), or α itself where no number of batches is given."""
         alpha, batches = self.options.alpha, self.options.batches
         return alpha if batches is None else float(alpha ** (1 + (update % batches) / batches))
+
+
+def _check_tensor(layer: str, key: str, tensor: Any, d: int) -> None:
+    """Raise ValueError unless what a state dict holds of a layer is a matrix of its width, of numbers."""
+    if tensor is None:
+        return
+    where = f"{key!r} of {layer} in the state dict"
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{where} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.ndim != 2 or tensor.shape[1] != d:
+        width = tensor.shape[-1] if tensor.ndim else 0
+        raise ValueError(f"the state dict has width {width} for {layer}, expected {d}")
+    if key != "rows" and tensor.shape[0] != d:
+        raise ValueError(f"{where} has the shape {tuple(tensor.shape)}, expected {(d, d)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{where} is {tensor.dtype}, expected a real floating dtype")
+    if tensor.is_meta:
+        raise ValueError(f"{where} is on meta, expected a tensor that holds numbers")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{where} holds a NaN or an infinity, expected finite numbers")

@@ -47,8 +47,7 @@ class Stepper:
         second, of_second = closure, scaler
         if closure is not None:
             core.tap.drop()
-            if core.preserve_rng:
-                random = self._random_now()
+            random = self._random_now() if core.preserve_rng else None
             try:
                 with torch.enable_grad():
                     loss = _loss_of(closure)
@@ -85,7 +84,7 @@ class Stepper:
                 params, gradients, rhos = core.moving(active)
                 self._unscale(scaler, params, 0)
                 figures = begun.figures
-                figures["grad_norm"] = norm = _igm_rs.gradient_norm(gradients)
+                figures["grad_norm"] = norm = _norm(gradients)
                 figures["usable"] = _usable(norm)
                 if figures["usable"]:
                     before = core.buffers(params)
@@ -115,7 +114,7 @@ class Stepper:
             try:
                 params, gradients, rhos = core.moving(active)
                 self._unscale(scaler, params, 1)
-                figures["grad_norm_perturbed"] = norm = _igm_rs.gradient_norm(gradients)
+                figures["grad_norm_perturbed"] = norm = _norm(gradients)
                 if not (figures["usable"] and _usable(norm)):
                     self._skip(active, figures)
                     return
@@ -153,7 +152,7 @@ class Stepper:
             return
         figures: Figures = {"loss": loss}
         sam = any(rho != 0 for rho in rhos)
-        figures["grad_norm"] = norm = _igm_rs.gradient_norm(gradients)
+        figures["grad_norm"] = norm = _norm(gradients)
         two_passes = sam and second is not None
         judged_later = two_passes and norm.device.type != "cpu"  # so that a step waits for the device once, not twice
         if not judged_later and not (_usable(norm) if sam or core.projects(active) else _finite(norm)):
@@ -234,7 +233,7 @@ class Stepper:
         if not moving:
             self._check_computed(active)
         self._unscale(scaler, moving, 1)
-        figures["grad_norm_perturbed"] = _igm_rs.gradient_norm(gradients)
+        figures["grad_norm_perturbed"] = _norm(gradients)
         return moving, gradients
 
     def _finish(
@@ -295,7 +294,7 @@ class Stepper:
         """
         core = self._core
         sam = closure is not None and any(rho != 0 for rho in rhos)
-        figures: Figures = {"grad_norm": _igm_rs.gradient_norm(gradients)}
+        figures: Figures = {"grad_norm": _norm(gradients)}
         moving, before = params, core.buffers(params)
         if sam and closure is not None:
             core.begin_second_pass()
@@ -366,7 +365,7 @@ class Stepper:
         if core.max_grad_norm is None:
             return
         params, gradients, _ = core.moving(active)
-        figures["grad_norm_projected"] = norm = _igm_rs.gradient_norm(gradients)
+        figures["grad_norm_projected"] = norm = _norm(gradients)
         torch.nn.utils.clip_grads_with_norm_(params, core.max_grad_norm, norm)
 
     def _base_step(self, active: str) -> None:
@@ -469,7 +468,7 @@ class Stepper:
         if not params or any(p.grad is None for p in params):
             return False
         with torch.no_grad():
-            if float(_igm_rs.gradient_norm([p.grad for p in params if p.grad is not None])) != 0:
+            if float(_norm([p.grad for p in params if p.grad is not None])) != 0:
                 return False
             step_without_hooks(core.base)
         core.provisional = bool(state)
@@ -559,6 +558,20 @@ def _loss_of(closure: Closure) -> Any:
     if loss is None:
         raise TypeError("closure returned None, expected the loss: a tensor or a number")
     return loss
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """‖g‖₂ over all gradients; TypeError for one that is sparse."""
+    try:
+        return _igm_rs.gradient_norm(gradients)
+    except ValueError:
+        for g in gradients:
+            if g.layout is not torch.strided:
+                raise TypeError(
+                    f"the gradient of a parameter of shape {tuple(g.shape)} has the layout {g.layout}, expected a "
+                    "dense tensor: sparse gradients are not supported"
+                ) from None
+        raise
 
 
 def _finite(norm: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.amp.grad_scaler import GradScaler
 
 from . import _checkpoint, _checks, _igm_rs
 from ._base import base_optimizer, check_group
@@ -275,6 +277,11 @@ class IGMOptimizer(torch.optim.Optimizer):
         self._core.tau.assign(value)
 
     @property
+    def preserve_rng(self) -> bool:
+        """Whether both passes of a step draw the same random numbers."""
+        return self._core.preserve_rng
+
+    @property
     def sources(self) -> dict[str, list[str]]:
         """For each modality those whose T acts on it (Algorithm 1, line 9)."""
         return {name: list(listed) for name, listed in self._core.projection.sources.items()}
@@ -494,6 +501,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         BaseException
             Whatever the closure raises; everything is then as before the step, to the bit.
         """
+        _check_scaler(scaler)
         return self._stepper.step(self._closure(closure), scaler)
 
     @_disable_dynamo
@@ -508,6 +516,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         RuntimeError
             When the weights are perturbed already, or more than one modality has gradients outside any turn.
         """
+        _check_scaler(scaler)
         self._stepper.first(scaler)
         if zero_grad:
             self.zero_grad()
@@ -523,6 +532,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         RuntimeError
             Without a ``first_step`` before.
         """
+        _check_scaler(scaler)
         self._stepper.second(scaler)
         if zero_grad:
             self.zero_grad()
@@ -545,6 +555,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         TypeError
             Something that cannot be called.
         """
+        _check_scaler(scaler)
         one = self._closure(closure)
         if one is None:
             raise TypeError("closure is None, expected a callable or a list of callables")
@@ -600,6 +611,8 @@ class IGMOptimizer(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         core = self._core
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}, expected a dict")
         check_group(param_group)
         listed = param_group.get("params")
         if not isinstance(listed, (torch.Tensor, set)) and listed is not None:
@@ -616,11 +629,15 @@ class IGMOptimizer(torch.optim.Optimizer):
         in it. ``torch.load(weights_only=True)`` reads it. The first group has the same under the same key, as
         ``torch.distributed.checkpoint`` keeps nothing else.
         """
-        state = super().state_dict()
+        with self._state_hooks_held():
+            state = super().state_dict()
         mine = _checkpoint.state(self._core)
         state[_checkpoint.STATE_KEY] = mine
         if state["param_groups"]:
             state["param_groups"][0][_checkpoint.STATE_KEY] = mine
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -637,6 +654,11 @@ class IGMOptimizer(torch.optim.Optimizer):
             Inside the turn of another modality than the saved open one.
         """
         core = self._core
+        if isinstance(state_dict, Mapping) and self._optimizer_load_state_dict_pre_hooks:
+            state_dict = dict(state_dict)  # a hook may change it
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
         _checkpoint.check(core, state_dict)
         mine = _checkpoint.own(state_dict)
         if mine is not None:
@@ -651,7 +673,8 @@ class IGMOptimizer(torch.optim.Optimizer):
             {key: value for key, value in group.items() if key != _checkpoint.STATE_KEY}
             for group in state_dict["param_groups"]
         ]
-        super().load_state_dict(of_base)
+        with self._state_hooks_held():
+            super().load_state_dict(of_base)
         groups[:] = self.param_groups  # the same objects go on: the base has them, and perhaps a trainer
         state.clear()
         state.update(self.state)
@@ -664,11 +687,35 @@ class IGMOptimizer(torch.optim.Optimizer):
         core.tap.drop()
         if mine is not None:
             _checkpoint.load(core, mine)
+        for told in self._optimizer_load_state_dict_post_hooks.values():
+            told(self)
+
+    @contextmanager
+    def _state_hooks_held(self) -> Iterator[None]:
+        """Keep torch from calling the hooks that shall see the whole state dict, ours included."""
+        names = (
+            "_optimizer_state_dict_post_hooks",
+            "_optimizer_load_state_dict_pre_hooks",
+            "_optimizer_load_state_dict_post_hooks",
+        )
+        kept = {name: getattr(self, name) for name in names}
+        try:
+            for name in names:
+                setattr(self, name, OrderedDict())
+            yield
+        finally:
+            for name, hooks in kept.items():
+                setattr(self, name, hooks)
 
 
 def _check_callable(argument: str, closure: Any) -> None:
     if not callable(closure):
         raise TypeError(f"{argument} is a {type(closure).__name__}, expected a callable")
+
+
+def _check_scaler(scaler: Any) -> None:
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise TypeError(f"scaler is {scaler!r} ({type(scaler).__name__}), expected a torch.amp.GradScaler")
 
 
 def _check_held(modalities: Modalities, layers: Mapping[str, list[Layer]]) -> None:

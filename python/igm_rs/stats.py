@@ -29,6 +29,8 @@ class StepStats(Mapping[str, Any]):
         L(θ), L(θ + ε*), and their difference.
     ``grad_norm``, ``grad_norm_perturbed``
         ‖∇L(θ)‖₂ and ‖∇L(θ + ε*)‖₂ over all moving parameters.
+    ``grad_norm_projected``
+        L2 norm over all moving parameters after projection and before clipping to ``max_grad_norm``.
     ``effective_perturbation``, ``moved``
         ‖realised ε‖ / ‖ε*‖, and the share of weights with a gradient that the perturbation really changed; on CUDA
         measured at the first step of each turn.
@@ -50,6 +52,9 @@ class StepStats(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _of_values, (dict(self),)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({dict(self)!r})"
@@ -76,7 +81,7 @@ def step_stats(constants: Mapping[str, Any], figures: dict[str, Any], spectra: M
         }
 
     entries: dict[str, Callable[[], Any]] = {key: partial(_same, value) for key, value in constants.items()}
-    for key in ("loss", "loss_perturbed", "grad_norm", "grad_norm_perturbed"):
+    for key in ("loss", "loss_perturbed", "grad_norm", "grad_norm_perturbed", "grad_norm_projected"):
         entries[key] = partial(_number, figures, key)
     entries["sharpness"] = lambda: _difference(_number(figures, "loss_perturbed"), _number(figures, "loss"))
     entries["effective_perturbation"] = lambda: effective_perturbation(figures)[0]
@@ -106,6 +111,11 @@ def effective_rank(singular_values: torch.Tensor) -> float:
     values = [value for value in singular_values.tolist() if value > 0]
     total = sum(values)
     return math.exp(-sum(value / total * math.log(value / total) for value in values)) if total > 0 else 0.0
+
+
+def _of_values(values: Mapping[str, Any]) -> StepStats:
+    """Stats that are known already: those of a copy."""
+    return StepStats({name: partial(_same, value) for name, value in values.items()})
 
 
 def _same(value: Any) -> Any:
