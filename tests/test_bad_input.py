@@ -1015,7 +1015,7 @@ KERNELS = [
         "projector on meta",
         lambda s: _igm_rs.project_([s.one.weight.detach()], [torch.eye(8, device="meta")]),
         ValueError,
-        ("projectors[0]: got device", "expected a tensor on the CPU or on CUDA"),
+        ("projectors[0]: got meta", "expected a tensor on the CPU or on CUDA"),
     ),
     (
         "projector of another dtype",
@@ -1033,13 +1033,13 @@ KERNELS = [
         "gradients on two devices",
         lambda _s: _igm_rs.gradient_norm([torch.ones(2), torch.ones(2, device="meta")]),
         ValueError,
-        ("gradients[1]: got device", "expected a tensor on the CPU or on CUDA"),
+        ("gradients[1]: got meta", "expected a tensor on the CPU or on CUDA"),
     ),
     (
         "copy on meta",
         lambda s: _igm_rs.restore_([s.one.weight.detach()], [torch.ones(8, 8, device="meta")]),
         ValueError,
-        ("before[0]: got device", "expected a tensor on the CPU or on CUDA"),
+        ("before[0]: got meta", "expected a tensor on the CPU or on CUDA"),
     ),
     ("gradient that is a list", lambda _s: _igm_rs.gradient_norm([[1.0]]), TypeError, ("list", "expected")),
 ]

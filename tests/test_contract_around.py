@@ -264,7 +264,7 @@ def test_c_compile_of_a_step_without_closure(form, base):
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own imports
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor imports it
 def test_c_compile_with_the_default_backend():
     """Inductor compiles C++; the numbers are those of another order of sums."""
     (model, opt), (twin, other) = (build(tau=1.5) for _ in range(2))
