@@ -5,5 +5,5 @@
 - Accelerate: ``accelerator.prepare(model, opt, loader)``, then ``optimizer.step(closure)`` with
   ``accelerator.backward(loss)`` in the closure; within ``accumulate`` a list of closures; in fp16
   ``opt.replay(closure, scaler=accelerator.scaler)`` before ``optimizer.step()``; ``optimizer.optimizer.turn(name)``.
-- skorch: ``NeuralNet(module, optimizer=igm_rs.IGMOptimizer, optimizer__rho=0.05)``; nothing more is needed.
+- skorch: ``NeuralNetClassifier(Module, optimizer=igm_rs.IGMOptimizer, optimizer__rho=0.05)``; nothing more is needed.
 """
