@@ -195,7 +195,12 @@ class Core:
         buffers = []
         for p in params:
             buffer = kept.get(p)
-            if buffer is None or not alike(buffer, p):
+            if buffer is None or not (
+                buffer.shape == p.shape
+                and buffer.dtype is p.dtype
+                and buffer.device == p.device
+                and buffer.stride() == p.stride()
+            ):
                 buffer = kept[p] = torch.empty_like(p, requires_grad=False)
             buffers.append(buffer)
         return buffers

@@ -37,11 +37,11 @@ class Rollback:
         state = core.base.state
         self._tensors: list[torch.Tensor] = []
         self._groups = [(group, self._noted(group, deep)) for group in core.base.param_groups]
-        self._entries = [
-            (p, state[p], self._noted(state[p], deep)) if p in state else (p, None, {})
-            for _, members in core.modalities.active[active]
-            for p in members
-        ]
+        entries = [(p, state.get(p)) for _, members in core.modalities.active[active] for p in members]
+        if deep:
+            self._entries = [(p, entry, self._noted(entry, deep)) for p, entry in entries]
+        else:  # nothing within an entry's own containers is changed
+            self._entries = [(p, entry, entry and dict(entry)) for p, entry in entries]
         self._copies = self._room(core.spare.get(active, ()))
         if self._copies:
             core.spare[active] = self._copies
