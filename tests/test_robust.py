@@ -3,6 +3,7 @@
 import copy
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -374,3 +375,27 @@ def test_other_threads_run_while_a_spectrum_is_computed(work):
     stop.set()
     thread.join()
     assert sum(begin < stamp < end for stamp in stamps) >= 3  # one could slip in at the beginning
+
+
+def test_warnings_point_at_the_line_that_called():
+    """However deep in the package and in torch they come from; also through a hook, out of a forward pass or a turn."""
+    weight = nn.Parameter(torch.ones(4))
+    opt = IGMOptimizer([weight], lr=0.1, rho=1e-12)
+
+    def closure():
+        weight.grad = torch.ones(4)
+        return 1.0
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        closure()
+        opt.step()
+        opt.step(closure)
+        layer = nn.Linear(2, 2)
+        other = IGMOptimizer(layer.parameters(), {"a": layer}, head=layer, features="samples", lr=0.1, rho=0.0)
+        layer(torch.tensor([[float("nan"), 1.0], [1.0, 1.0]])).nan_to_num().sum().backward()
+        layer.weight.grad.nan_to_num_()
+        other.step()
+    said = ["without a closure", "below the resolution", "only modality", "were left out"]
+    assert all(words in str(one.message) for words, one in zip(said, caught, strict=True)), [*map(str, caught)]
+    assert {one.filename for one in caught} == {__file__}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from ._projection import Projection
 from ._random import RandomState
 from ._sgd import FusedSGD
 from ._turns import Counters
+from ._warnings import warn
 from .stats import StepStats
 
 __all__ = ["Core", "PerModality", "Perturbed", "Replay"]
@@ -238,11 +238,11 @@ class Core:
                 f"{what} between first_step and second_step: the weights were restored and the begun step was dropped"
             )
 
-    def warn_once(self, key: str, message: str, stacklevel: int = 6) -> None:
+    def warn_once(self, key: str, message: str) -> None:
         """Warn, a UserWarning, the first time that `key` comes."""
         if key not in self.warned:
             self.warned.add(key)
-            warnings.warn(message, UserWarning, stacklevel=stacklevel)
+            warn(message, UserWarning)
 
 
 def alike(buffer: torch.Tensor, tensor: torch.Tensor) -> bool:

@@ -27,7 +27,6 @@ class Course:
                 "one modality",
                 f"{active!r} is the only modality and refresh is 'turn', so outside turn() its projector is never "
                 "made; open turns, or give refresh=n",
-                stacklevel=8,
             )
         if not counters.started[active]:
             core.projection.begin(active)

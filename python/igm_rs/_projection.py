@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from . import _igm_rs
 from ._covariance import Covariance, Turns
 from ._layers import Layer, pair
+from ._warnings import warn
 
 __all__ = ["Projection", "ProjectionOptions"]
 
@@ -169,10 +169,8 @@ class Projection:
                     made[layer.name] = self._flat(everything, tau[layer.name], dtype)
             except ArithmeticError as error:
                 self.failures += 1
-                warnings.warn(
-                    f"the projector of {modality!r}, layer {layer.name!r}, was left as it was: {error}",
-                    RuntimeWarning,
-                    stacklevel=4,
+                warn(
+                    f"the projector of {modality!r}, layer {layer.name!r}, was left as it was: {error}", RuntimeWarning
                 )
         self.made[modality] |= made
         self._ready.clear()
@@ -304,11 +302,10 @@ class Projection:
     @staticmethod
     def _warn_left_out(modality: str, count: int) -> None:
         if count:
-            warnings.warn(
+            warn(
                 f"{count} rows of features of {modality!r} held a NaN or an infinity and were left out of its "
                 "covariance; look at the encoder's output",
                 RuntimeWarning,
-                stacklevel=6,
             )
 
     def _flat(self, everything: Covariance, tau: float, dtype: str) -> _Made:
