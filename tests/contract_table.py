@@ -68,13 +68,13 @@ def section(found):
             f"- {subject.heading}: {rows.count('pass')} of {rows.count('pass') + rows.count('fail')} rows, "
             f"{checks.count('pass')} of {checks.count('pass') + checks.count('fail')} checks"
         )
-    lines += ["", "What each ✗ was:", ""]
+    lines += ["", "<details><summary>What each ✗ was</summary>", ""]
     for subject in SUBJECTS:
         for entry in found["checks"].values():
             came = entry[subject.title]
             if came["verdict"] == "fail":
                 lines.append(_escaped(f"- {entry['row']}, {subject.title}, {entry['what']}: {came['why']}"))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</details>"])
 
 
 def _escaped(text):
