@@ -35,6 +35,7 @@ test: install
 
 test-long: install
 	$(BIN)/python -m pytest tests/test_state_machine.py --hypothesis-profile=long
+	$(BIN)/python -m pytest -m slow tests/test_faults.py
 
 contract: install
 	$(BIN)/python tests/contract_table.py --write

@@ -11,7 +11,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-# `pytest --hypothesis-profile=long tests/test_state_machine.py`: other examples each time; a failure says how to repeat it.
+# For `pytest --hypothesis-profile=long`: other examples each time; a failure says how to repeat it.
 hypothesis.settings.register_profile(
     "long",
     max_examples=2000,

@@ -38,13 +38,18 @@ function without arguments that runs the forward pass and returns the loss; it n
 
 Steps outside any ``turn`` form implicit turns. ``run_algorithm1`` does the loops of Algorithm 1 as well, and
 :func:`schedule` yields the order of its steps, so that the optimizer under test can be driven by the same list.
+A list of losses is one batch in several micro-batches: their gradients and values are summed.
+
+The whole of it, model and oracle, can be copied with ``copy.deepcopy((twin, oracle))``, which stands for a checkpoint:
+there is nothing in it that a checkpoint would not hold. :meth:`Algorithm1.forget` does what restarting from one does.
 
 Conventions
 -----------
 Weights are (out, d), as PyTorch keeps them, so T acts from the right. ``rho`` and ``tau`` are numbers, mappings from
-modality to number, or functions: ``rho(modality, parameter)`` and ``tau(modality, layer)``. T⁽ᵏ⁾ is made with the tau
-of *its own* modality k. A layer is paired with the source's layer at the same position counted from the output, if
-their d is equal; a layer that both have is paired with itself.
+modality to number, or functions: ``rho(modality, parameter)`` and ``tau(modality, layer)``; a ``"rho"`` or ``"tau"`` in
+the base's group that holds the parameter (the layer's weight) goes before. T⁽ᵏ⁾ is made with the tau of *its own*
+modality k, as it is at that moment. A layer is paired with the source's layer at the same position counted from the
+output, if their d is equal; a layer that both have is paired with itself.
 """
 
 import contextlib
@@ -140,15 +145,29 @@ def perturbation(gradients, rho):
 
 
 def gradients_of(loss, parameters):
-    """Return the loss as a float, and its gradient for each parameter (None where it does not depend on it)."""
-    with torch.enable_grad():
-        value = loss()
-        return value.item(), list(torch.autograd.grad(value, parameters, allow_unused=True))
+    """Return the loss as a float, and its gradient for each parameter (None where it does not depend on it).
+
+    Of a list of losses, micro-batches of one batch, both are the sums.
+    """
+    total, gradients = 0.0, [None] * len(parameters)
+    for micro_batch in loss if isinstance(loss, (list, tuple)) else [loss]:
+        with torch.enable_grad():
+            value = micro_batch()
+            new = torch.autograd.grad(value, parameters, allow_unused=True)
+        total += value.item()
+        gradients = [a if b is None else b if a is None else a + b for a, b in zip(gradients, new, strict=True)]
+    return total, gradients
 
 
 def usable(gradients):
     """Say whether a step may be taken with these gradients: their norm is neither zero nor infinite nor NaN."""
     return 0 < global_norm(gradients) < float("inf")
+
+
+def clipped(gradients, max_norm):
+    """Return the gradients times c/(‖g‖₂ + 10⁻⁶) where that is below one: PyTorch's clipping to a joint norm c."""
+    factor = max_norm / (global_norm(gradients) + 1e-6)
+    return [None if g is None else min(1.0, factor) * g for g in gradients]
 
 
 def sam_gradient(loss, parameters, rho, first=None):
@@ -222,40 +241,50 @@ class Algorithm1:
     features : "mean", "samples" or "centred"
         Rows of Ȳ: batch means (Eq. 2), all samples, or all samples around their mean.
     covariance : "fresh", "kept" or float
-        When a turn brings its first rows, what came before is dropped, kept, or multiplied by this factor.
+        When a turn takes its first step, what came before is dropped, kept, or multiplied by this factor.
     refresh : "turn", "manual" or int
         When T is made: when the turn ends, by :meth:`refresh` alone, or after every n steps of a modality too.
     project : "gradient" or "update"
         What is projected: the gradient (Eq. 9) or the change that the base makes of the weight.
     projector : "flat" or "orthogonal"
         T of Eq. (4), or the recursion of the MLA paper, whose P belongs to the layer and not to the modality.
+    reset : subset of {"momentum", "lr"}
+        What the first step of a turn starts anew: the base's state of what moves, the lr that each group came with.
     alpha, batches, normalise
         Of the recursion: α = alpha^(1 + batch/batches), or ``alpha`` itself if ``batches`` is None; ``batch`` counts
         the rows that the modality has brought to the layer, modulo ``batches``.
+    max_grad_norm : float, optional
+        The projected gradients, all of them together, are clipped to this norm before the base steps.
     """
 
     def __init__(self, modalities, base, heads=None, *, rho=0.05, tau=0.4, sources="previous", features="mean",
-                 covariance="fresh", refresh="turn", project="gradient", projector="flat", alpha=0.1, batches=None,
-                 normalise=False):  # fmt: skip
+                 covariance="fresh", refresh="turn", project="gradient", projector="flat", reset=(), alpha=0.1,
+                 batches=None, normalise=False, max_grad_norm=None):  # fmt: skip
         self.modalities = tuple(modalities)
         self.base, self.rho, self.tau, self.sources = base, rho, tau, sources
         self.features, self.covariance, self.refresh_when, self.project = features, covariance, refresh, project
         self.kind, self.alpha, self.batches, self.normalise = projector, alpha, batches, normalise
+        self.reset, self.max_grad_norm = reset, max_grad_norm
         self.heads = {name: list((heads or {}).get(name, [])) for name in self.modalities}
         self.parts = {name: [*parts, *self.heads[name]] for name, parts in modalities.items()}
         self.parameters = {name: self._parameters_of(name) for name in self.modalities}
+        self.initial_lr = [group["lr"] for group in base.param_groups]
         self.projectors = {name: {} for name in self.modalities}  # modality → layer → T⁽ᵏ⁾; missing means I
         self.layer_projectors = {}  # layer → P, for the orthogonal one
         self.restarts = set()  # layers whose P begins at I when it is next made
         self.rows = {name: {} for name in self.modalities}  # modality → layer → list of (weight, row)
-        self.earlier = {name: {} for name in self.modalities}  # the rows as they were when the turn brought its first
+        self.earlier = {name: {} for name in self.modalities}  # how many of them are of earlier turns
         self.recursed = {name: {} for name in self.modalities}  # modality → layer → rows that P has taken in
-        self.begins = dict.fromkeys(self.modalities, True)  # the next rows are the first of a turn (t = 1 in Eq. 2)
-        self.steps = dict.fromkeys(self.modalities, 0)  # steps since T of this modality was made
-        self.active = None  # the modality of the open turn
-        self.explicit = False  # the open turn was opened by `turn`
+        self.waiting = {}  # layer → rows of forward passes in training mode that no step has followed yet
+        self.begins = dict.fromkeys(self.modalities, True)  # the next step is the first of a turn (t = 1 in Eq. 2)
+        self.steps = dict.fromkeys(self.modalities, 0)  # steps of the turn since T of this modality was made
+        self.active = None  # the modality whose `turn` is under way
+        self.open = None  # whose turn has taken a step and has not ended; an exception may have left it
+        self.explicit = False  # the open turn is, or was, one of `turn`
         self.collected = False  # the open turn has rows from `collect`, which replace those of its steps
+        self.turns = 0  # how many have ended
         self.skipped = 0
+        self.unperturbed = 0  # steps that should have been SAM's and had gradients only
         self.losses = []  # (loss at θ, loss at θ + ε* or None) of every step taken
 
     # -- who moves --------------------------------------------------------------------------------------------------
@@ -271,44 +300,71 @@ class Algorithm1:
         held = [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
         return [p for p in held if id(p) in own or id(p) not in all_listed]
 
+    def add_param_group(self, group):
+        """Give the base a further group; its parameters belong to all unless a modality lists them."""
+        self.base.add_param_group(group)
+        self.parameters = {name: self._parameters_of(name) for name in self.modalities}
+        self.initial_lr.append(self.base.param_groups[-1]["lr"])
+
     def _buffers(self):
         modules = [part for parts in self.parts.values() for part in parts if not torch.is_tensor(part)]
         return {id(b): b for module in modules for b in module.buffers()}.values()
+
+    def _group_of(self, parameter):
+        return next((g for g in self.base.param_groups if any(parameter is p for p in g["params"])), {})
+
+    def _rho(self, active, parameter):
+        return self._group_of(parameter).get("rho", _value(self.rho, active, parameter))
+
+    def _tau(self, active, layer):
+        return self._group_of(layer.weight).get("tau", _value(self.tau, active, layer))
 
     # -- Ȳ and T ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _watch(self, active, seen, online=True):
-        """Put the rows of the features Z that enter the layers of ``active`` into ``seen``."""
+        """Put the rows of the features Z that enter the layers of ``active`` (None: all layers) into ``seen``."""
 
         def hook(layer, inputs):
             if not online or (torch.is_grad_enabled() and layer.training):
                 rows = batch_rows(inputs[0], "mean" if self.features == "mean" else "samples")
                 seen.setdefault(layer, []).extend(row for row in rows if torch.isfinite(row).all())
 
-        handles = [layer.register_forward_pre_hook(hook) for layer in self.heads[active]]
+        names = self.modalities if active is None else [active]
+        layers = dict.fromkeys(layer for name in names for layer in self.heads[name])
+        handles = [layer.register_forward_pre_hook(hook) for layer in layers]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _keep(self, active, seen):
-        """Add rows to Ȳ of ``active``; the first ones of a turn drop, keep or decay what was there before."""
-        if not any(seen.values()):
+    def _begin(self, active):
+        """Begin Ȳ of ``active`` if a turn of it begins: what was there before is dropped, kept or decayed."""
+        if not self.begins[active]:
             return
-        if self.begins[active]:
-            self.earlier[active] = dict(self.rows[active])
-            factor = {"fresh": 0.0, "kept": 1.0}.get(self.covariance, self.covariance)
-            for layer, rows in self.rows[active].items():
-                self.rows[active][layer] = [(factor * w, row) for w, row in rows if factor * w > 0]
-            if self.kind == "orthogonal" and self.covariance == "fresh":
-                for layer in self.heads[active]:
-                    self.restarts.add(layer)  # P acts until it is made anew
-                    self.recursed[active][layer] = 0
-            self.begins[active] = False
+        factor = {"fresh": 0.0, "kept": 1.0}.get(self.covariance, self.covariance)
+        for layer, rows in self.rows[active].items():
+            self.rows[active][layer] = [(factor * w, row) for w, row in rows if factor * w > 0]
+        self.earlier[active] = {layer: len(rows) for layer, rows in self.rows[active].items()}
+        if self.kind == "orthogonal" and self.covariance == "fresh":
+            for layer in self.heads[active]:
+                self.restarts.add(layer)  # P acts until it is made anew
+                self.recursed[active][layer] = 0
+        self.begins[active] = False
+
+    def _keep(self, active, seen):
+        """Add rows to Ȳ of ``active``."""
+        if any(seen.values()):
+            self._begin(active)
         for layer, rows in seen.items():
             self.rows[active][layer] = self.rows[active].get(layer, []) + [(1.0, row) for row in rows]
+
+    def _drop(self, active):
+        """Take what the present turn has brought out of Ȳ; a row that P has taken in is in P for good."""
+        for layer, rows in self.rows[active].items():
+            count = max(self.earlier[active].get(layer, 0), self.recursed[active].get(layer, 0))
+            self.rows[active][layer] = rows[:count]
 
     def covariance_of(self, active, layer):
         """Return Ȳ⁽ᵏ⁾ of this modality's layer as it stands now."""
@@ -317,10 +373,19 @@ class Algorithm1:
         return cumulative_covariance(torch.stack(rows).cpu(), weights, self.features == "centred")
 
     def refresh(self, active):
-        """Make T⁽ʲ⁾ from Ȳ⁽ʲ⁾ (line 13); without rows nothing changes."""
-        for layer, rows in self.rows[active].items():
-            if self.kind == "flat":
-                tau = _value(self.tau, active, layer)
+        """Make T⁽ʲ⁾ from Ȳ⁽ʲ⁾ now (line 13); without rows nothing changes."""
+        self._make(active)
+        if self.active is None and self.refresh_when == "manual":
+            self.begins[active] = True
+
+    def _make(self, active):
+        for layer in dict.fromkeys(self.heads[active]):
+            rows, tau = self.rows[active].get(layer), self._tau(active, layer)
+            if tau == 0:
+                self.projectors[active].pop(layer, None)
+            elif not rows:
+                continue
+            elif self.kind == "flat":
                 self.projectors[active][layer] = flat_projector(self.covariance_of(active, layer), tau)
             else:
                 done = self.recursed[active].get(layer, 0)
@@ -333,23 +398,28 @@ class Algorithm1:
                 self.layer_projectors[layer] = orthogonal_projector(p, new.cpu(), alphas, self.normalise)
                 self.recursed[active][layer] = len(rows)
         self.steps[active] = 0
-        self.begins[active] = self.begins[active] or not self.explicit
+
+    def _partners(self, active, layer):
+        """Return (source, the layer of it that ``layer`` is paired with), in the order in which their T multiply."""
+        position = len(self.heads[active]) - self.heads[active].index(layer)
+        pairs = []
+        for k in source_names(active, self.modalities, self.sources):
+            if layer in self.heads[k]:
+                pairs.append((k, layer))  # a shared layer pairs with itself
+            elif position <= len(self.heads[k]) and self.heads[k][-position].in_features == layer.in_features:
+                pairs.append((k, self.heads[k][-position]))
+        return pairs
+
+    def _projects(self, active):
+        """Say whether the settings ask for any gradient of ``active`` to be projected at all."""
+        pairs = [pair for layer in self.heads[active] for pair in self._partners(active, layer)]
+        return any(self._tau(k, partner) > 0 for k, partner in pairs)
 
     def projector_for(self, active, layer):
         """Return what the gradient of ``layer`` is multiplied by in the turn of ``active``, or None (lines 8–10)."""
-        position = len(self.heads[active]) - self.heads[active].index(layer)
         factors, used = [], set()
-        for k in source_names(active, self.modalities, self.sources):
-            if position > len(self.heads[k]):
-                continue
-            partner = self.heads[k][-position]
-            if layer in self.heads[k]:
-                partner = layer  # a shared layer pairs with itself
-            if partner.in_features != layer.in_features:
-                continue
+        for k, partner in self._partners(active, layer):
             found = self.projectors[k].get(partner) if self.kind == "flat" else self.layer_projectors.get(partner)
-            if self.kind == "flat" and _value(self.tau, k, partner) == 0:
-                found = None
             if found is not None and (self.kind == "flat" or partner not in used):
                 factors.append(found)
                 used.add(partner)
@@ -363,33 +433,68 @@ class Algorithm1:
 
     # -- turns ------------------------------------------------------------------------------------------------------
 
-    def _open(self, active, explicit):
-        self.active, self.explicit, self.collected = active, explicit, False
-        if explicit or self.refresh_when == "turn":
-            self.begins[active] = True
-
-    def close(self):
-        """End the open turn, if any: T of its modality is made from its rows (lines 11–13)."""
-        if self.active is not None:
-            name, self.active = self.active, None
-            brought_rows = not self.begins[name]
-            if brought_rows and (self.refresh_when == "turn" or (self.explicit and self.refresh_when != "manual")):
-                self.refresh(name)
-            if self.explicit or self.refresh_when == "turn":
-                self.begins[name] = True
-            self.explicit = False
-
     @contextlib.contextmanager
     def turn(self, active):
         """Train ``active``: lines 2–13 of Algorithm 1 for one j."""
-        self.close()
-        self._open(active, explicit=True)
+        self.enter(active)
         try:
             yield self
         except BaseException:
-            self.active, self.explicit = None, False  # a turn that failed makes no T
+            self.leave(failed=True)
             raise
-        self.close()
+        self.leave()
+
+    def enter(self, active):
+        """Begin a turn, or go on with that of ``active`` which an exception has left."""
+        if not (self.open == active and self.explicit):
+            self.close()
+            self.begins[active] = True
+        self.active = active
+
+    def leave(self, failed=False):
+        """End the turn under way; one that ``failed`` makes no T, and waits for its modality to enter again."""
+        name, self.active = self.active, None
+        self.waiting = {}
+        if not failed and self.open == name:
+            self._end()
+
+    def close(self):
+        """End the turn that steps outside any `turn` have formed; drop one that an exception has left."""
+        if self.open is None:
+            return
+        if self.explicit:
+            self._drop(self.open)
+            self._shut()
+        else:
+            self._end()
+
+    def _end(self):
+        """T of the open turn's modality is made from its rows (lines 11–13)."""
+        if self.refresh_when != "manual" and (self.steps[self.open] or self.collected):
+            self._make(self.open)
+        self.turns += 1
+        self._shut()
+
+    def _shut(self):
+        self.begins[self.open], self.steps[self.open] = True, 0
+        self.open, self.explicit, self.collected = None, False, False
+
+    def _arrive(self, active):
+        """A step of ``active`` is going to be taken, or has brought rows by `collect`: the first one begins a turn."""
+        named = self.active is not None
+        if not named and (self.explicit or (self.refresh_when == "turn" and self.open not in (None, active))):
+            self.close()
+        if self.begins[active]:
+            self._begin(active)
+            self.steps[active] = 0
+            if "momentum" in self.reset:
+                for p in self.parameters[active]:
+                    self.base.state.pop(p, None)
+            if "lr" in self.reset:
+                for group, lr in zip(self.base.param_groups, self.initial_lr, strict=True):
+                    group["lr"] = lr
+        if named or self.refresh_when == "turn":
+            self.open, self.explicit = active, named
 
     def collect(self, active, forwards):
         """Gather Ȳ in a separate pass: run each function of ``forwards`` without gradients and keep the features."""
@@ -399,48 +504,76 @@ class Algorithm1:
                 forward()
         if not any(seen.values()):
             return
-        if self.explicit and self.active == active:
-            if not self.begins[active]:
-                self.rows[active], self.begins[active] = self.earlier[active], True
+        if self.active == active:
+            self._arrive(active)
+            self._drop(active)
             self._keep(active, seen)
             self.collected = True
         else:
             self.close()
             self.begins[active] = True
             self._keep(active, seen)
-            self.refresh(active)
+            self._make(active)
+            self.begins[active] = True
+
+    def forward(self, function):
+        """Run a forward pass in training mode that no backward pass follows; a step without closure sees its rows."""
+        with self._watch(None, self.waiting), torch.enable_grad():
+            function()
+
+    def forget(self):
+        """Go on from a checkpoint: whatever `turn` was under way is one that an exception has left."""
+        self.active, self.waiting = None, {}
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self, active, loss):
-        """Take one step of modality ``active`` (lines 4–10) and return the loss at θ; outside a turn, open one."""
-        if self.explicit and self.active != active:
+    def step(self, active, loss, how="closure"):
+        """Take one step of modality ``active`` (lines 4–10) and return the loss at θ; outside a turn, open one.
+
+        ``how`` a script does it: with a ``"closure"``, so that only this step's own forward passes count; with the
+        ``"gradients"`` at hand, without SAM; with these and a ``"replay"`` for the second pass; or in ``"two calls"``,
+        which always make two passes.
+        """
+        if self.active not in (None, active):
             raise ValueError(f"turn of {self.active!r}, but a step of {active!r}")
-        if not self.explicit and self.active != active:
-            self.close()
-            self._open(active, explicit=False)
-        parameters, seen, second_loss = self.parameters[active], {}, None
-        with self._watch(active, seen):
+        parameters, second_loss = self.parameters[active], None
+        if how == "closure":
+            self.waiting = {}
+        with self._watch(None, self.waiting):
             first_loss, gradients = gradients_of(loss, parameters)
-        if not usable(gradients):
-            self.skipped += 1
-            return first_loss
-        rhos = [_value(self.rho, active, p) for p in parameters]
-        if any(rhos):
+        rhos = [self._rho(active, p) for p in parameters]
+        two_passes = how == "two calls" or (how != "gradients" and any(rhos))
+        plain = not (two_passes or any(rhos) or self._projects(active))  # then a zero gradient is the base's own affair
+        if not (usable(gradients) or (plain and global_norm(gradients) == 0)):
+            return self._skip(first_loss)
+        if two_passes:
             buffers = [(b, b.clone()) for b in self._buffers()]
             gradients, second_loss = sam_gradient(loss, parameters, rhos, first=gradients)
             for buffer, saved in buffers:
                 buffer.copy_(saved)
             if not usable(gradients):
-                self.skipped += 1
-                return first_loss
+                return self._skip(first_loss)
+        elif any(rhos):
+            self.unperturbed += 1
+        self._arrive(active)
         self._update(active, parameters, gradients)
         self.losses.append((first_loss, second_loss))
+        seen = {layer: self.waiting.pop(layer) for layer in self.heads[active] if layer in self.waiting}
+        if self.active is not None:
+            self.waiting = {}  # in a turn nobody else steps
         if not self.collected:
             self._keep(active, seen)
         self.steps[active] += 1
-        if isinstance(self.refresh_when, int) and self.steps[active] == self.refresh_when:
-            self.refresh(active)
+        if isinstance(self.refresh_when, int) and self.steps[active] >= self.refresh_when:
+            self._make(active)
+            if self.active is None:  # n steps outside any turn were one
+                self.begins[active] = True
+                self.turns += 1
+        return first_loss
+
+    def _skip(self, first_loss):
+        self.waiting = {}
+        self.skipped += 1
         return first_loss
 
     def _update(self, active, parameters, gradients):
@@ -458,6 +591,9 @@ class Algorithm1:
         if self.project == "gradient":
             for weight, projector in pairs:
                 weight.grad = projected_gradient(weight.grad, projector)
+        if self.max_grad_norm is not None:
+            for p, gradient in zip(parameters, clipped([p.grad for p in parameters], self.max_grad_norm), strict=True):
+                p.grad = gradient
         self.base.step()
         if self.project == "update":
             with torch.no_grad():

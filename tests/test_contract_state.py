@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import OwnHeads, SharedHead, batches, distance
+from models import OwnHeads, SharedHead, batches, closure_for, distance
 from test_contract import BASES, TWO, build, drive, every_base, every_switch, same, snapshot, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -214,7 +214,7 @@ def test_b6_pickle_is_read_by_another_process(tmp_path):
 import sys; sys.path[:0] = {paths!r}
 import pickle, torch
 from pathlib import Path
-from models import batches
+from models import OwnHeads, SharedHead, batches, closure_for, distance
 from test_contract import train
 model, opt = pickle.loads(Path(sys.argv[1], "pair.pkl").read_bytes())
 torch.set_num_threads(1)
@@ -366,3 +366,18 @@ def test_b8_lr_of_zero_with_real_gradients_is_a_step_like_any_other():
         cross_entropy(model("audio", batches(TWO, 1)["audio"][0][0]), batches(TWO, 1)["audio"][0][1]).backward()
         opt.step()
     assert opt.last_stats["step"] == 1
+
+
+@pytest.mark.parametrize("copied", [deepcopied, pickled])
+def test_b6_a_copy_made_inside_a_turn_takes_it_up_again(copied):
+    model, opt = build(tau=1.5)
+    data = batches(TWO, 6)
+    train(model, opt, data, 2)
+    with opt.turn("audio"):
+        opt.step(closure_for(opt, model, "audio", data["audio"][2]))
+        twin, other = copied((model, opt))
+        opt.step(closure_for(opt, model, "audio", data["audio"][3]))
+    with other.turn("audio"):
+        other.step(closure_for(other, twin, "audio", data["audio"][3]))
+    assert same(opt.state_dict(), other.state_dict())
+    assert distance(model, twin) == 0

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from igm_rs import _igm_rs as rust
+from igm_rs._covariance import Covariance
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 NAN, INF = math.nan, math.inf
@@ -372,3 +373,14 @@ def test_tensors_of_two_devices_are_refused():
         rust.add_rows_(V.cuda(), R)
     with pytest.raises(ValueError, match=r"total.*cpu"):
         rust.centre_(C.cuda(), V, 2)
+
+
+def test_centred_rows_that_are_all_the_same_have_no_spread():
+    """Σ (z − μ)(z − μ)ᵀ is 0 then, not the rounding of two equal sums: T is I, and no direction is made of noise."""
+    rows = torch.full((7, 3), 0.1, dtype=torch.float64) * torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64)
+    covariance = Covariance(3)
+    for row in rows:
+        covariance.add(row[None])
+    assert torch.equal(covariance.value(centred=True), torch.zeros(3, 3, dtype=torch.float64))
+    covariance.add(rows[:1] + 1e-3)
+    assert covariance.value(centred=True).trace() > 1e-7

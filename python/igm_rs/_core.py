@@ -117,7 +117,7 @@ class Core:
         self.fused = FusedSGD(self.base) if type(self.base) is torch.optim.SGD else None
 
     def __getstate__(self) -> dict[str, Any]:
-        scratch: dict[str, Any] = {"before": {}, "spare": {}, "replay": None, "random": None, "scaling": Scaling()}
+        scratch: dict[str, Any] = {"turn": None, "before": {}, "spare": {}, "replay": None, "random": None, "scaling": Scaling()}
         return vars(self) | scratch
 
     def moving(self, active: str) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
@@ -226,8 +226,7 @@ class Core:
 
     def abandon_perturbation(self) -> None:
         """Restore the weights and drop the step that ``first_step`` began."""
-        with torch.no_grad():
-            self.restore()
+        self.restore()
         self.tap.drop()
 
     def refuse_perturbed(self, what: str) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 
 from ._core import Core
+from ._covariance import Covariance
 
 __all__ = ["Course"]
 
@@ -49,14 +53,17 @@ class Course:
 
     def end(self, modality: str) -> None:
         """End the turn of `modality` with a new T of it, where T is made at the end of turns."""
+        _raise(self.wholly(self._end, modality))
+
+    def _end(self, modality: str) -> str | None:
         core = self._core
         counters = core.counters
-        try:
-            if core.refresh != "manual" and (counters.since[modality] or counters.replaced):
-                self.make_projector(modality)
-        finally:
-            counters.turns += 1
-            counters.close()
+        unseen = None
+        if core.refresh != "manual" and (counters.since[modality] or counters.replaced):
+            unseen = self._make_projector(modality)
+        counters.turns += 1
+        counters.close()
+        return unseen
 
     def count(self, active: str) -> None:
         """Count a step of `active`, and make T where n steps have been taken."""
@@ -70,8 +77,37 @@ class Course:
                 counters.started[active] = False
                 counters.turns += 1
 
+    def wholly(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Do `work`; what leaves it by an exception leaves Ȳ, every T and the counters as they were."""
+        core = self._core
+        put_back, counters = core.projection.checkpoint(), core.counters.copy()
+        try:
+            return work(*arguments)
+        except BaseException:
+            put_back()
+            core.counters.put_back(counters)
+            raise
+
+    def collected(self, modality: str, gathered: Mapping[str, Covariance]) -> None:
+        """Let what a pass has `gathered` be the Ȳ of `modality`; outside any turn its T is made."""
+        core = self._core
+        if core.turn is None:
+            self.leave()
+            core.projection.begin(modality)
+            core.projection.put(modality, gathered)
+            self.make_projector(modality)
+            core.counters.started[modality] = False
+        else:
+            self.enter(modality)
+            core.projection.put(modality, gathered)
+            core.counters.replaced = True
+
     def make_projector(self, modality: str) -> None:
         """T of `modality` from its Ȳ (Eq. 4); RuntimeError where steps were taken and a layer saw no features."""
+        _raise(self.wholly(self._make_projector, modality))
+
+    def _make_projector(self, modality: str) -> str | None:
+        """Make T of `modality`; return what there is to complain of, a layer that should have seen features."""
         core = self._core
         counters = core.counters
         stepped = counters.since[modality] > 0 and not counters.replaced
@@ -81,11 +117,12 @@ class Course:
         core.projection.refresh(modality, tau)
         steps, counters.since[modality] = counters.since[modality], 0
         if needed and any(tau[layer.name] > 0 for layer in unseen):
-            raise RuntimeError(
+            return (
                 f"{modality!r} took {steps} steps and its projected layer {unseen[0]} saw no features, so its "
                 "projector cannot be made: expected the layer's own forward to be called, in training mode, in each "
                 "first pass"
             )
+        return None
 
     def _start_anew(self, active: str) -> None:
         """The options of ``reset``, at the first step of a turn."""
@@ -100,3 +137,8 @@ class Course:
                     group["lr"].fill_(lr)
                 elif "lr" in group:
                     group["lr"] = lr
+
+
+def _raise(complaint: str | None) -> None:
+    if complaint is not None:
+        raise RuntimeError(complaint)

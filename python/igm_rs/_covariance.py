@@ -123,7 +123,9 @@ class Covariance:
         if result.matrix is not None and result.matrix is self.matrix:
             result.matrix = self.matrix.clone()
         if centred and result.matrix is not None and self.total is not None and float(self.count) > 0:
+            rounding = self.d * torch.finfo(result.matrix.dtype).eps * result.matrix.trace()
             _igm_rs.centre_(result.matrix, self.total, float(self.count))
+            result.matrix.masked_fill_(result.matrix.trace() <= rounding, 0.0)  # rows that are all the same
         return result.matrix
 
     def state(self) -> dict[str, Any]:

@@ -37,6 +37,38 @@ class Stepper:
 
     def step(self, closure: Closure | None, scaler: Any) -> Any:
         """First pass by `closure`, or the gradients at hand; then all the rest. Returns the loss of the first pass."""
+        return self._safely(self._whole_step, closure, scaler)
+
+    def first(self, scaler: Any) -> None:
+        """Perturb the weights, θ ← θ + ε* (Eq. 7)."""
+        self._safely(self._first, scaler)
+
+    def second(self, scaler: Any) -> None:
+        """Restore the weights to the bit and step with the gradients at θ + ε* (Eqs. 8 and 9)."""
+        if self._core.perturbed is None:
+            raise RuntimeError("second_step without first_step: the weights are not perturbed")
+        self._safely(self._second, self._core.perturbed, scaler)
+
+    def _safely(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Do `work` without autograd; whatever leaves it, nothing stays perturbed, held, muted or switched off.
+
+        A signal may raise at any line, and within Python's own context managers: hence C functions in plain blocks.
+        """
+        core = self._core
+        enabled = torch.is_grad_enabled()
+        try:
+            torch._C._set_grad_enabled(False)
+            return work(*arguments)
+        except BaseException:
+            core.restore()
+            core.accumulating = False
+            core.tap.drop()
+            core.scaling.abandon()
+            raise
+        finally:
+            torch._C._set_grad_enabled(enabled)
+
+    def _whole_step(self, closure: Closure | None, scaler: Any) -> Any:
         core = self._core
         core.refuse_perturbed("step")
         replay, core.replay = core.replay, None
@@ -48,81 +80,56 @@ class Stepper:
         if closure is not None:
             core.tap.drop()
             random = self._random_now() if core.preserve_rng else None
-            try:
-                with torch.enable_grad():
-                    loss = _loss_of(closure)
-            except BaseException:
-                core.tap.drop()
-                raise
+            with torch.enable_grad():
+                loss = _loss_of(closure)
         elif replay is not None:
             if core.preserve_rng and random is None:
                 raise RuntimeError(_REMEMBER.format("replay"))
             second, of_second = replay.closure, replay.scaler
-        if self._make_state_only(closure):
-            return loss
-        try:
-            with torch.no_grad():
-                self._step(second, loss, closure is not None, scaler, of_second, random)
-        except BaseException:
-            core.tap.drop()
-            core.scaling.abandon()
-            raise
+        if not self._make_state_only(closure):
+            self._step(second, loss, closure is not None, scaler, of_second, random)
         return loss
 
-    def first(self, scaler: Any) -> None:
-        """Perturb the weights, θ ← θ + ε* (Eq. 7)."""
+    def _first(self, scaler: Any) -> None:
         core = self._core
         core.refuse_perturbed("first_step")
         random, core.random = core.random, None
         if core.preserve_rng and random is None:
             raise RuntimeError(_REMEMBER.format("first_step"))
-        with torch.no_grad():
-            active = core.who_steps()
-            begun = Perturbed(active, [], [], {})
-            if active is not None:
-                self._check_processes(active)
-                params, gradients, rhos = core.moving(active)
-                self._unscale(scaler, params, 0)
-                figures = begun.figures
-                figures["grad_norm"] = norm = _norm(gradients)
-                figures["usable"] = _usable(norm)
-                if figures["usable"]:
-                    before = core.buffers(params)
-                    figures["parts"] = _parts(gradients, rhos, norm)
-                    _igm_rs.restore_(before, params)  # whatever interrupts from here on, there is a way back
-                    core.perturbed = Perturbed(active, params, before, figures)
-                    try:
-                        figures["perturbation"] = _igm_rs.perturb_(params, gradients, before, norm, rhos)
-                    except BaseException:
-                        core.abandon_perturbation()
-                        raise
-            core.perturbed = core.perturbed or begun
-            core.begin_second_pass()
-            if random is not None:
-                random.restore()
+        active = core.who_steps()
+        begun = Perturbed(active, [], [], {})
+        if active is not None:
+            self._check_processes(active)
+            params, gradients, rhos = core.moving(active)
+            self._unscale(scaler, params, 0)
+            figures = begun.figures
+            figures["grad_norm"] = norm = _norm(gradients)
+            figures["usable"] = _usable(norm)
+            if figures["usable"]:
+                before = core.buffers(params)
+                figures["parts"] = _parts(gradients, rhos, norm)
+                _igm_rs.restore_(before, params)  # whatever interrupts from here on, there is a way back
+                core.perturbed = Perturbed(active, params, before, figures)
+                figures["perturbation"] = _igm_rs.perturb_(params, gradients, before, norm, rhos)
+        core.perturbed = core.perturbed or begun
+        core.begin_second_pass()
+        if random is not None:
+            random.restore()
 
-    def second(self, scaler: Any) -> None:
-        """Restore the weights to the bit and step with the gradients at θ + ε* (Eqs. 8 and 9)."""
+    def _second(self, perturbed: Perturbed, scaler: Any) -> None:
         core = self._core
-        if core.perturbed is None:
-            raise RuntimeError("second_step without first_step: the weights are not perturbed")
-        active, figures = core.perturbed.active, core.perturbed.figures
-        with torch.no_grad():
-            core.restore()
-            if active is None:
-                return
-            try:
-                params, gradients, rhos = core.moving(active)
-                self._unscale(scaler, params, 1)
-                figures["grad_norm_perturbed"] = norm = _norm(gradients)
-                if not (figures["usable"] and _usable(norm)):
-                    self._skip(active, figures)
-                    return
-                self._finish(active, figures, params, gradients)
-            except BaseException:
-                core.tap.drop()
-                core.scaling.abandon()
-                raise
+        active, figures = perturbed.active, perturbed.figures
+        core.restore()
+        if active is None:
+            return
+        params, gradients, rhos = core.moving(active)
+        kept = len(params) == len(perturbed.params) and all(map(operator.is_, params, perturbed.params))
+        self._unscale(scaler, params, 1)
+        figures["grad_norm_perturbed"] = norm = _norm(gradients)
+        if not (figures["usable"] and _usable(norm)):
+            self._skip(active, figures)
+            return
+        self._finish(active, figures, params, gradients, kept=kept)
         self._judge_perturbation(figures, rhos)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -257,7 +264,7 @@ class Stepper:
             way_back = Rollback(core, active, [], [], deep=False)
         else:
             fused = None
-            before = core.buffers(params) if core.atomic or core.project_update else []
+            before = core.buffers(params) if core.atomic or core.project_update or kept else []
             if before and not kept:
                 _igm_rs.restore_(before, params)
             way_back = Rollback(core, active, params if before else [], before, deep=core.atomic)

@@ -72,7 +72,8 @@ class IGMOptimizer(torch.optim.Optimizer):
     features : {"mean", "samples", "centred"}
         A batch adds its mean (Eq. 2), every sample, or every sample around the mean of all.
     covariance : {"fresh", "kept"} or float
-        How long Ȳ lives: a turn (Eq. 2, t = 1), for ever, or multiplied by this factor in (0, 1) at each turn.
+        How long Ȳ lives: a turn (Eq. 2, t = 1), for ever, or multiplied by this factor in (0, 1) at each turn, also at
+        one that is discarded.
     refresh : {"turn", "manual"} or int
         When T⁽ʲ⁾ is made: at the end of j's turn; by :meth:`refresh` only; or after every n of j's steps as well.
         Outside any ``turn()`` consecutive steps of one modality are its turn; with an integer, every n of its steps.
@@ -232,7 +233,10 @@ class IGMOptimizer(torch.optim.Optimizer):
         self._optimizer_step_post_hooks = base._optimizer_step_post_hooks
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds. The hooks of a copy listen to the copied modules."""
+        """What a copy or a pickle holds: the hooks of a copy listen to the copied modules, and it stands in no turn.
+
+        A turn that is open goes on in the copy when it is entered there, as after a checkpoint.
+        """
         self._core.refuse_perturbed("copy")
         return {"core": self._core}
 
@@ -438,19 +442,12 @@ class IGMOptimizer(torch.optim.Optimizer):
             core.tap.sink = None
         if not any(gathered.values()):
             return
-        if core.turn is None:
-            self._course.leave()
-            core.projection.begin(name)
-            core.projection.put(name, gathered)
-            self._course.make_projector(name)
-            core.counters.started[name] = False
-        else:
-            self._course.enter(name)
-            core.projection.put(name, gathered)
-            core.counters.replaced = True
+        self._course.wholly(self._course.collected, name, gathered)
 
     def refresh(self, modality: str) -> None:
         """Make T of `modality` now, from the features gathered so far; without any it stays as it was.
+
+        With ``refresh="manual"`` and outside any turn the modality's next step begins a new Ȳ.
 
         Raises
         ------
