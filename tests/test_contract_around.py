@@ -112,9 +112,8 @@ def test_c_scaler_infinity_in_either_pass_skips_and_halves_once(device, base, wh
             scaler.unscale_(opt)
             opt.replay(closure, scaler=scaler)
             scaler.step(opt)
-            if which == 1:  # the scaler does not call step at all, and nobody needs the second pass any more
-                opt.replay(closure)
-                opt._core.replay = None
+            if which == 1:  # the scaler does not call step at all
+                opt.forget_step()
         scaler.update()
         assert unchanged(model, before)
         assert scaler.get_scale() == SCALE / 2
@@ -210,6 +209,33 @@ def test_c_scaler_list_of_closures():
     scaler.update()
     other.step(closure_for(other, twin, "audio", (x, y)))
     assert distance(model, twin) < 1e-7
+
+
+def test_c_scaler_a_step_that_the_scaler_keeps_back_is_forgotten():
+    """Neither its features nor its second pass count with the next."""
+    (model, opt), (twin, other) = (build(dtype=torch.float32, tau=1.5) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    data = batches(TWO, 3, torch.float32)["audio"]
+    with opt.turn("audio"), other.turn("audio"):
+        for t, batch in enumerate(data):
+            closure = scaled(opt, model, "audio", batch, scaler, spoil=(1, float("inf")) if t == 1 else None)
+            closure()
+            opt.replay(closure, scaler=scaler)
+            scaler.unscale_(opt)
+            scaler.step(opt)
+            if t == 1:
+                opt.forget_step()
+            else:
+                other.step(closure_for(other, twin, "audio", batch))
+            scaler.update()
+    assert same(opt.state_dict(), other.state_dict())
+    assert distance(model, twin) == 0
+
+
+def test_c_scaler_without_a_closure_is_refused_as_it_would_unscale_twice():
+    _, opt = build(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"scaler is given to step\(\) without a closure, expected scaler.unscale_"):
+        opt.step(scaler=torch.amp.GradScaler("cpu"))
 
 
 # --- torch.compile --------------------------------------------------------------------------------------------------

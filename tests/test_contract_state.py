@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+import pytorch_optimizer
 import torch
 from models import OwnHeads, SharedHead, batches, closure_for, distance
 from test_contract import BASES, TWO, build, drive, every_base, every_switch, same, snapshot, train
@@ -214,7 +215,7 @@ def test_b6_pickle_is_read_by_another_process(tmp_path):
 import sys; sys.path[:0] = {paths!r}
 import pickle, torch
 from pathlib import Path
-from models import OwnHeads, SharedHead, batches, closure_for, distance
+from models import batches
 from test_contract import train
 model, opt = pickle.loads(Path(sys.argv[1], "pair.pkl").read_bytes())
 torch.set_num_threads(1)
@@ -329,7 +330,7 @@ def test_b8_the_initialising_step_advances_nothing(base, switches):
     before, fresh = copy.deepcopy(model.state_dict()), snapshot(opt)["igm"]
     got = get_optimizer_state_dict(model, opt)
     assert same(dict(before), dict(model.state_dict()))
-    assert same(opt.state_dict()["igm"], fresh)
+    assert same(opt.state_dict()["igm"] | {"provisional": False}, fresh)
     assert set(got["state"]) <= {name for name, _ in model.named_parameters()}
     data = batches(TWO, 4)
     for m, o in ((model, opt), (twin, other)):
@@ -338,22 +339,59 @@ def test_b8_the_initialising_step_advances_nothing(base, switches):
     assert same(opt.state_dict(), other.state_dict())
 
 
+@pytest.mark.parametrize("form", ["step", "first_step"])
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_b8_what_the_initialising_step_has_made_is_no_state(form, taken_over):
+    """Not in the two-call form either, and not in another optimizer that it is set into before any step."""
+    build_adam = lambda: build(BASES["adam"])  # noqa: E731
+    (model, opt), (twin, other) = build_adam(), build_adam()
+    got = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    if taken_over:
+        model, opt = build_adam()
+        set_optimizer_state_dict(model, opt, got)
+    batch = batches(TWO, 1)["audio"][0]
+    for m, o in ((model, opt), (twin, other)):
+        if form == "step":
+            o.step(closure_for(o, m, "audio", batch))
+        else:
+            closure_for(o, m, "audio", batch)()
+            o.first_step()
+            closure_for(o, m, "audio", batch)()
+            o.second_step()
+    assert distance(model, twin) == 0
+    assert same(opt.state_dict(), other.state_dict())
+
+
 @every_base
 @every_switch
 @pytest.mark.parametrize("middle", [False, True])
 def test_b8_get_and_set_take_everything_over(base, switches, middle, tmp_path):
-    model, opt = build(base, **switches)
+    (model, opt), (twin, other) = (build(base, **switches) for _ in range(2))
     data = batches(TWO, 20)
-    at = 7 if middle else 5
-    drive(model, opt, data, range(at))
-    got = get_optimizer_state_dict(model, opt, options=StateDictOptions(strict=False))
-    torch.save({"opt": got, "model": model.state_dict()}, tmp_path / "both.pt")
-    drive(model, opt, data, range(at, 12))
+    drive(model, opt, data, range(5))
+    loose = StateDictOptions(strict=False)
+
+    def save():
+        got = get_optimizer_state_dict(model, opt, options=loose)
+        torch.save({"opt": got, "model": model.state_dict()}, tmp_path / "both.pt")
+
+    def steps(m, o, positions):
+        for t in positions:
+            o.step(closure_for(o, m, "video", data["video"][t]))
+
+    with opt.turn("video"):
+        if middle:
+            steps(model, opt, range(5, 7))
+            save()
+            steps(model, opt, range(7, 10))
+    if not middle:
+        save()
+        drive(model, opt, data, range(5, 10))
     saved = torch.load(tmp_path / "both.pt", weights_only=True)
-    twin, other = build(base, **switches)
     twin.load_state_dict(saved["model"])
-    set_optimizer_state_dict(twin, other, saved["opt"], options=StateDictOptions(strict=False))
-    drive(twin, other, data, range(at, 12))
+    set_optimizer_state_dict(twin, other, saved["opt"], options=loose)
+    with other.turn("video"):
+        steps(twin, other, range(7 if middle else 5, 10))
     assert distance(model, twin) == 0
     assert same(opt.state_dict()["igm"], other.state_dict()["igm"])
 
@@ -381,3 +419,71 @@ def test_b6_a_copy_made_inside_a_turn_takes_it_up_again(copied):
         other.step(closure_for(other, twin, "audio", data["audio"][3]))
     assert same(opt.state_dict(), other.state_dict())
     assert distance(model, twin) == 0
+
+
+# --- bases that are not torch's ---------------------------------------------------------------------------------------
+
+OTHERS = {
+    "Lion": lambda p: pytorch_optimizer.Lion(p, lr=1e-3),
+    "AdaFactor": lambda p: pytorch_optimizer.AdaFactor(p, lr=1e-3),
+    "StableSPAM": lambda p: pytorch_optimizer.StableSPAM(p, lr=1e-3),
+    "ScheduleFreeAdamW": lambda p: pytorch_optimizer.ScheduleFreeAdamW(p, lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_b1_b5_bases_with_state_dicts_of_their_own(kind):
+    """They save and load themselves; a checkpoint loads more than once, and into a copy."""
+    base = OTHERS[kind]
+    model, opt = build(base, dtype=torch.float32)
+    data = batches(TWO, 12, torch.float32)
+    for p in (opt.base,):
+        getattr(p, "train", bool)()
+    drive(model, opt, data, range(5))
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    drive(model, opt, data, range(5, 10))
+    for _ in range(2):
+        twin, other = build(base, dtype=torch.float32)
+        getattr(other.base, "train", bool)()
+        for _ in range(2):
+            twin.load_state_dict(copy.deepcopy(saved[0]))
+            other.load_state_dict(copy.deepcopy(saved[1]))
+        drive(twin, other, data, range(5, 10))
+        assert distance(model, twin) == 0
+
+
+def test_b5_a_base_whose_state_dict_is_no_optimizers_is_refused():
+    inner = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="Lookahead, whose state dict has no 'state' and 'param_groups', expected"):
+        IGMOptimizer(pytorch_optimizer.Lookahead(inner))
+
+
+def test_b5_a_bare_base_that_has_loaded_ours_carries_nothing_stale_back():
+    model, opt = build(tau=3.0, rho=0.2)
+    data = batches(TWO, 4)
+    train(model, opt, data, 2)
+    bare = BASES["sgd"](model.parameters())
+    bare.load_state_dict(copy.deepcopy(opt.state_dict()))
+    cross_entropy(model("audio", data["audio"][0][0]), data["audio"][0][1]).backward()
+    bare.step()
+    again = IGMOptimizer(BASES["sgd"](model.parameters()), **model.options(), rho=0.3)
+    again.load_state_dict(copy.deepcopy(bare.state_dict()))
+    assert again.rho == {"audio": 0.3, "video": 0.3}
+    assert again.projectors == {"audio": {}, "video": {}}
+    wrapped = IGMOptimizer(bare, **model.options())
+    assert "igm" not in wrapped.param_groups[0]
+
+
+def test_b7_groups_changed_behind_the_optimizer_are_told():
+    model, opt = build()
+    closure = closure_for(opt, model, "audio", batches(TWO, 1)["audio"][0])
+    saved = copy.deepcopy(opt.base.state_dict())
+    before = copy.deepcopy(model.state_dict())
+    opt.base.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"groups of the base optimizer \(SGD\) were changed after it was wrapped"):
+        opt.step(closure)
+    model, opt = build()
+    opt.base.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(RuntimeError, match="expected load_state_dict and add_param_group of the IGMOptimizer"):
+        opt.step(closure)
+    assert same(dict(before), dict(model.state_dict()))

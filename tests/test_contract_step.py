@@ -433,3 +433,117 @@ def test_c_precision_state_of_half_precision_models_is_float32_or_better():
         opt.step(closure_for(opt, model, "audio", batches(TWO, 1, torch.bfloat16)["audio"][0]))
     assert opt.covariances["audio"]["audio.0"].dtype == torch.float64
     assert opt.projectors["audio"]["audio.0"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["step", "replay", "first_step"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"refresh": 2}, {"project": "update"}, {"atomic": False}, {"max_grad_norm": 0.1}],
+    ids=str,
+)
+def test_a11_a13_masks_micro_batches_and_settings_together(form, options):
+    """Dropout in a list of closures, in each form of a step: the same weights as step(list) gives."""
+
+    def setting():
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.4), nn.Linear(8, 3)).double()
+        base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        opt = IGMOptimizer(base, {"a": model}, head=model[2], preserve_rng=True, tau=1.5, **options)
+        return model, opt
+
+    (model, opt), (twin, other) = setting(), setting()
+    data = batches(("audio",), 4)["audio"]
+
+    def closures(m):
+        def one(x, y):
+            def closure():
+                loss = cross_entropy(m(x), y) / 2
+                loss.backward()
+                return loss
+
+            return closure
+
+        return lambda batch: [one(batch[0][:4], batch[1][:4]), one(batch[0][4:], batch[1][4:])]
+
+    with opt.turn("a"), other.turn("a"):
+        for t, batch in enumerate(data):
+            torch.manual_seed(t)
+            other.step(closures(twin)(batch))
+            torch.manual_seed(t)
+            mine = closures(model)(batch)
+            if form == "step":
+                opt.step(mine)
+                continue
+            opt.remember_rng()
+            opt.zero_grad()
+            for one in mine:
+                one()
+            if form == "replay":
+                opt.replay(mine)
+                opt.step()
+            else:
+                opt.first_step(zero_grad=True)
+                for one in mine:
+                    one()
+                opt.second_step()
+            assert distance(model, twin) == 0
+    assert same(opt.state_dict(), other.state_dict())
+
+
+def test_c_ddp_projection_in_several_processes_is_refused(monkeypatch):
+    model, opt = build()
+    before, state = weights(model), snapshot(opt)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    closure = closure_for(opt, model, "audio", batches(TWO, 1)["audio"][0])
+    with pytest.raises(RuntimeError, match=r"projection in 2 processes: .* expected tau=0 \(SAM works\), or one"):
+        opt.step(closure)
+    assert unchanged(model, before)
+    assert same(state, snapshot(opt))
+    opt.tau = 0.0
+    opt.step(closure)
+    assert not unchanged(model, before)
+
+
+@pytest.mark.parametrize("returned", [{"loss": 1.0}, "1.0"])
+def test_a13_a_closure_of_a_list_returns_a_loss(returned):
+    model, opt = build()
+    good = micro(model, "audio", batches(TWO, 1)["audio"])[0]
+    with pytest.raises(TypeError, match=rf"closure\[1\] returned a {type(returned).__name__}, expected the loss"):
+        opt.step([good, lambda: (good(), returned)[1]])
+
+
+def test_a5_a_base_with_unusual_state_is_put_back_too():
+    """State that is no dict, that belongs to no parameter, and groups that hold numbers of their own."""
+
+    class Unusual(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                group["k"] = group.get("k", 0) + 1
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.state["run"]["count"] = self.state["run"].get("count", 0) + 1
+                        self.state["last"] = p.grad.sum()
+                        if self.fails:
+                            raise ArithmeticError("half-way")
+
+    for atomic in (True, False):
+        layer = nn.Linear(3, 2)
+        base = Unusual(layer.parameters(), lr=0.1, momentum=0.9)
+        opt = IGMOptimizer(base, rho=0.05, atomic=atomic)
+        closure = plain_closure(opt, layer, torch.ones(4, 3))
+        opt.step(closure)
+        before, state, k = weights(layer), copy.deepcopy([*base.state.values()]), base.param_groups[0]["k"]
+        Unusual.fails = True
+        with pytest.raises(ArithmeticError, match="half-way"):
+            opt.step(closure)
+        Unusual.fails = False
+        assert unchanged(layer, before)
+        assert base.param_groups[0]["k"] == k
+        if atomic:
+            assert same(state, [*base.state.values()])
+        opt.step(closure)
+        assert not unchanged(layer, before)

@@ -26,6 +26,7 @@ class Scaling:
     def __init__(self) -> None:
         self._passes = _Pass(), _Pass()
         self._left: list[_Pass] = []
+        self._told = False
 
     def unscale(self, scaler: Any, params: list[torch.Tensor], which: int) -> None:
         """Divide the gradients of `params` by the scale; `which` is 0 for the first pass, 1 for the second.
@@ -35,6 +36,7 @@ class Scaling:
         RuntimeError
             When ``scaler.update()`` was not called since the step before.
         """
+        self._told = True
         told = self._passes[which]
         told.param_groups = [{"params": params}]
         try:
@@ -44,5 +46,8 @@ class Scaling:
 
     def abandon(self) -> None:
         """Let the next step begin anew with the scaler: this one has failed, and perhaps nobody calls ``update``."""
+        if not self._told:
+            return
+        self._told = False
         self._left += self._passes  # kept alive: the scaler may still know them by their identity
         self._passes = _Pass(), _Pass()

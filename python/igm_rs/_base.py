@@ -33,6 +33,11 @@ def base_optimizer(
             f"the base optimizer is a {type(ready).__name__}, expected one whose step() takes gradients as they are, "
             "such as torch.optim.SGD or AdamW"
         )
+    if not {"state", "param_groups"} <= ready.state_dict().keys():
+        raise TypeError(
+            f"the base optimizer is a {type(ready).__name__}, whose state dict has no 'state' and 'param_groups', "
+            "expected one that saves as torch.optim's do"
+        )
     return ready
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _checks
-from ._core import Core, PerModality
+from ._core import Core
 from ._turns import Counters
 
 __all__ = ["STATE_KEY", "check", "load", "own", "state"]
@@ -34,6 +34,7 @@ def state(core: Core) -> dict[str, Any]:
         "rho": dict(core.rho),
         "tau": dict(core.tau),
         "initial_lr": list(core.initial_lr),
+        "provisional": core.provisional,
         "counters": core.counters.state(),
         "projection": core.projection.state(),
     }
@@ -42,12 +43,16 @@ def state(core: Core) -> dict[str, Any]:
 def own(state_dict: Any) -> Any:
     """Return our part of a state dict; None of a bare base optimizer's.
 
-    torch.distributed.checkpoint keeps nothing but ``state`` and ``param_groups``, so it stands in the first group too.
+    torch.distributed.checkpoint keeps nothing but ``state`` and ``param_groups``, so it stands in the first group too,
+    and counts there if the parameters go by their names, as in its state dicts: a bare base that has loaded ours
+    carries it along, and trains on without it.
     """
     if STATE_KEY in state_dict:
         return state_dict[STATE_KEY]
-    groups = state_dict["param_groups"]
-    return groups[0].get(STATE_KEY) if groups else None
+    for group in state_dict["param_groups"][:1]:
+        if all(isinstance(key, str) for key in group["params"]):
+            return group.get(STATE_KEY)
+    return None
 
 
 def check(core: Core, state_dict: Any) -> None:
@@ -78,17 +83,17 @@ def check(core: Core, state_dict: Any) -> None:
             "newer igm-rs"
         )
     wanted = state(core)
-    missing = [key for key in wanted if key not in mine]
+    missing = [key for key in wanted if key not in mine and key != "provisional"]  # which version 1 has not
     if missing:
         raise ValueError(f"state_dict[{STATE_KEY!r}] has no {missing[0]!r}, expected {', '.join(map(repr, wanted))}")
     for key in ("rho", "tau"):
         _checks.per_modality(f"state_dict[{STATE_KEY!r}][{key!r}]", _mapping(mine, key), core.modalities.names)
     _check_counters(core, _mapping(mine, "counters"))
     groups = len(state_dict["param_groups"])
-    if len(mine["initial_lr"]) != groups:
+    lrs = mine["initial_lr"]
+    if not isinstance(lrs, list) or len(lrs) != groups or not all(map(_checks.is_number, lrs)):
         raise ValueError(
-            f"state_dict[{STATE_KEY!r}]['initial_lr'] has {len(mine['initial_lr'])} entries, expected {groups}, one "
-            "for each group"
+            f"state_dict[{STATE_KEY!r}]['initial_lr'] is {lrs!r}, expected {groups} numbers, one for each group"
         )
     core.projection.check(_mapping(mine, "projection"))
 
@@ -96,7 +101,9 @@ def check(core: Core, state_dict: Any) -> None:
 def load(core: Core, mine: Mapping[str, Any]) -> None:
     """Take over our part of a state dict that :func:`check` has passed."""
     names = core.modalities.names
-    core.rho, core.tau = PerModality("rho", mine["rho"], names), PerModality("tau", mine["tau"], names)
+    core.rho.assign(mine["rho"])
+    core.tau.assign(mine["tau"])
+    core.provisional = mine.get("provisional", False)
     core.initial_lr = list(mine["initial_lr"])
     core.counters.put_back(Counters.of(names, mine["counters"]))
     core.projection.load(mine["projection"])
@@ -123,6 +130,7 @@ def _check_groups(core: Core, state_dict: Mapping[str, Any]) -> None:
     entries = state_dict["state"]
     if not isinstance(entries, Mapping):
         raise ValueError(f"state_dict['state'] is a {type(entries).__name__}, expected a mapping")
+    of_torch = type(core.base).__module__.startswith("torch.optim.")
     saved = [key for group in groups for key in group["params"]]
     params = [p for group in mine for p in group["params"]]
     for key, p in zip(saved, params, strict=True):
@@ -133,12 +141,12 @@ def _check_groups(core: Core, state_dict: Mapping[str, Any]) -> None:
             if not isinstance(value, torch.Tensor):
                 continue
             where = f"the state dict has {name!r}"
-            if name in _OF_ONE_SHAPE and value.shape != p.shape:
+            if of_torch and name in _OF_ONE_SHAPE and value.shape != p.shape:
                 raise ValueError(
                     f"{where} of shape {tuple(value.shape)} for parameter {key!r}, expected {tuple(p.shape)}: it is "
                     "of another model"
                 )
-            if name in _OF_ONE_SHAPE and not value.is_floating_point():
+            if of_torch and name in _OF_ONE_SHAPE and not value.is_floating_point():
                 raise ValueError(f"{where} of {value.dtype} for parameter {key!r}, expected a real floating dtype")
             if value.is_meta and not p.is_meta:
                 raise ValueError(f"{where} on meta for parameter {key!r}, expected a tensor that holds numbers")
@@ -150,8 +158,8 @@ def _check_options(base: torch.optim.Optimizer, groups: Iterable[Mapping[str, An
     filled = kind.__new__(kind)
     plain = [{key: value for key, value in group.items() if key != "params"} | {"params": []} for group in groups]
     kind.__setstate__(filled, {"defaults": dict(base.defaults), "state": {}, "param_groups": plain})
-    for number, group in enumerate(plain):
-        missing = [key for key in base.defaults if key not in group]
+    for number, (group, live) in enumerate(zip(plain, base.param_groups, strict=True)):
+        missing = [key for key in base.defaults if key in live and key not in group]
         if missing:
             raise ValueError(
                 f"group {number} of the state dict has no {missing[0]!r}, expected the options of {kind.__name__}: it "
@@ -167,10 +175,20 @@ def _check_counters(core: Core, counters: Mapping[str, Any]) -> None:
             raise ValueError(f"{label} is missing")
         value = counters[key]
         if isinstance(usual, dict):
-            if not isinstance(value, Mapping) or set(value) != set(usual):
-                raise ValueError(f"{label} is {value!r}, expected an entry for each of {list(usual)}")
+            kinds = {type(one) for one in usual.values()}
+            if (
+                not isinstance(value, Mapping)
+                or set(value) != set(usual)
+                or {type(one) for one in value.values()} != kinds
+                or any(one < 0 for one in value.values())
+            ):
+                raise ValueError(f"{label} is {value!r}, expected {_kind(kinds)} for each of {list(usual)}")
         elif key == "open":
             if value is not None:
                 core.modalities.check(value, label)
-        elif type(value) is not type(usual):
-            raise ValueError(f"{label} is {value!r}, expected {'True or False' if usual is False else 'an integer'}")
+        elif type(value) is not type(usual) or value < 0:
+            raise ValueError(f"{label} is {value!r}, expected {_kind({type(usual)})}")
+
+
+def _kind(kinds: set[type]) -> str:
+    return "True or False" if kinds == {bool} else "an integer >= 0"

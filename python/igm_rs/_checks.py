@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "choice",
     "flag",
+    "is_number",
     "life",
     "names",
     "non_negative",
@@ -107,6 +108,11 @@ def refresh_rule(refresh: Any) -> str | int:
     if isinstance(refresh, str):
         return choice("refresh", refresh, ("turn", "manual"))
     return positive_integer("refresh", refresh)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite real number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _real(argument: str, value: Any) -> float:

@@ -114,10 +114,19 @@ class Core:
     """Memory for the base's state by modality, kept from step to step."""
 
     def __post_init__(self) -> None:
+        self.groups = self.base.param_groups
         self.fused = FusedSGD(self.base) if type(self.base) is torch.optim.SGD else None
 
     def __getstate__(self) -> dict[str, Any]:
-        scratch: dict[str, Any] = {"turn": None, "before": {}, "spare": {}, "replay": None, "random": None, "scaling": Scaling()}
+        scratch: dict[str, Any] = {
+            "turn": None,
+            "accumulating": False,
+            "before": {},
+            "spare": {},
+            "replay": None,
+            "random": None,
+            "scaling": Scaling(),
+        }
         return vars(self) | scratch
 
     def moving(self, active: str) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
@@ -213,6 +222,14 @@ class Core:
             self.perturbed = None
         finally:
             self.end_second_pass()
+
+    def check_shared(self) -> None:
+        """Raise RuntimeError where the base's groups have been changed behind the optimizer that shares them."""
+        if self.base.param_groups is not self.groups or len(self.groups) != len(self.initial_lr):
+            raise RuntimeError(
+                f"the groups of the base optimizer ({type(self.base).__name__}) were changed after it was wrapped: "
+                "expected load_state_dict and add_param_group of the IGMOptimizer"
+            )
 
     def begin_second_pass(self) -> None:
         """What is forwarded from now on is at θ + ε*: it is no feature of the data and no statistic of the model."""

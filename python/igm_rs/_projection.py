@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from . import _igm_rs
+from ._checks import is_number
 from ._covariance import Covariance, Turns
 from ._layers import Layer, pair
 from ._warnings import warn
@@ -256,7 +257,7 @@ class Projection:
                 )
         mine = {name: {layer.name: layer.features for layer in layers} for name, layers in self.layers.items()}
         saved = state["covariances"]
-        if list(saved) != list(mine):
+        if not isinstance(saved, Mapping) or list(saved) != list(mine):
             raise ValueError(f"the state dict is of modalities {list(saved)}, expected {list(mine)}")
         for name, layers in mine.items():
             if set(saved[name]) != set(layers):
@@ -264,11 +265,29 @@ class Projection:
                     f"the state dict projects layers {sorted(saved[name])} of {name!r}, expected {sorted(layers)}"
                 )
             for layer, d in layers.items():
-                parts = [(saved[name][layer][part], key) for part in ("past", "present") for key in ("rows", "matrix")]
-                parts.append((state["projectors"][name].get(layer, {}), "projector"))
-                parts += [(state["recursions"].get(layer, {}), "projector")]
-                for part, key in parts:
-                    _check_tensor(f"layer {layer!r} of {name!r}", key, part.get(key), d)
+                where = f"layer {layer!r} of {name!r}"
+                halves = _parts(f"the covariance of {where}", saved[name][layer], {"past", "present"})
+                for part in halves.values():
+                    _check_covariance(where, _parts(f"the covariance of {where}", part, set(Covariance(d).state())), d)
+            made = state["projectors"].get(name) if isinstance(state["projectors"], Mapping) else None
+            if not isinstance(made, Mapping) or not set(made) <= set(layers):
+                raise ValueError(
+                    f"the state dict's projectors of {name!r} are {_shown(made)}, expected some of {sorted(layers)}"
+                )
+            for layer, one in made.items():
+                where = f"layer {layer!r} of {name!r}"
+                _parts(f"the projector of {where}", one, {"projector", "singular_values"})
+                if one["projector"] is None:
+                    raise ValueError(f"the projector of {where} in the state dict is None, expected a tensor")
+                _check_tensor(where, "projector", one["projector"], layers[layer])
+                _check_vector(where, "singular_values", one["singular_values"], layers[layer])
+        widths = {layer: d for layers in mine.values() for layer, d in layers.items()}
+        recursions = _parts("the recursions", state["recursions"], set(self.recursions))
+        for layer, one in recursions.items():
+            _parts(f"the recursion of layer {layer!r}", one, {"projector", "updates", "restart"})
+            _check_tensor(f"layer {layer!r}", "projector", one["projector"], widths[layer])
+        if type(state["failures"]) is not int or state["failures"] < 0:
+            raise ValueError(f"the state dict's failures are {state['failures']!r}, expected an integer >= 0")
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave; tensors keep their own precision and go to their layer's device."""
@@ -365,3 +384,33 @@ def _check_tensor(layer: str, key: str, tensor: Any, d: int) -> None:
         raise ValueError(f"{where} is on meta, expected a tensor that holds numbers")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{where} holds a NaN or an infinity, expected finite numbers")
+
+
+def _check_vector(layer: str, key: str, tensor: Any, d: int) -> None:
+    """Raise ValueError unless what a state dict holds of a layer is a vector of its width, or None."""
+    if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.shape == (d,) and not tensor.is_meta):
+        raise ValueError(f"{key!r} of {layer} in the state dict is {_shown(tensor)}, expected a tensor of shape {(d,)}")
+
+
+def _check_covariance(layer: str, part: Mapping[str, Any], d: int) -> None:
+    for key in ("rows", "matrix"):
+        _check_tensor(layer, key, part[key], d)
+    _check_vector(layer, "total", part["total"], d)
+    for key in ("count", "left_out"):
+        if not is_number(part[key]) or part[key] < 0:
+            raise ValueError(f"{key!r} of {layer} in the state dict is {part[key]!r}, expected a number >= 0")
+
+
+def _parts(what: str, found: Any, keys: set[str]) -> Mapping[str, Any]:
+    """Return `found` if it is a mapping with these keys; ValueError otherwise."""
+    if not isinstance(found, Mapping) or set(found) != keys:
+        raise ValueError(f"{what} in the state dict is {_shown(found)}, expected a mapping with {sorted(keys)}")
+    return found
+
+
+def _shown(found: Any) -> str:
+    if isinstance(found, Mapping):
+        return f"a mapping with {sorted(map(str, found))}"
+    if isinstance(found, torch.Tensor):
+        return f"a tensor of shape {tuple(found.shape)}"
+    return repr(found)

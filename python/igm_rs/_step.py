@@ -55,6 +55,7 @@ class Stepper:
         A signal may raise at any line, and within Python's own context managers: hence C functions in plain blocks.
         """
         core = self._core
+        core.check_shared()
         enabled = torch.is_grad_enabled()
         try:
             torch._C._set_grad_enabled(False)
@@ -93,6 +94,7 @@ class Stepper:
     def _first(self, scaler: Any) -> None:
         core = self._core
         core.refuse_perturbed("first_step")
+        self._forget_provisional()
         random, core.random = core.random, None
         if core.preserve_rng and random is None:
             raise RuntimeError(_REMEMBER.format("first_step"))
@@ -302,7 +304,7 @@ class Stepper:
         core = self._core
         sam = closure is not None and any(rho != 0 for rho in rhos)
         figures: Figures = {"grad_norm": _norm(gradients)}
-        moving, before = params, core.buffers(params)
+        moving, before = params, _own_memory(params)
         if sam and closure is not None:
             core.begin_second_pass()
             found: list[Any] = []
@@ -319,9 +321,9 @@ class Stepper:
             finally:
                 core.end_second_pass()
             moving = found[0]
-            before = core.buffers(moving)
+            before = _own_memory(moving)
         _igm_rs.restore_(before, moving)
-        way_back = Rollback(core, active, moving, before, deep=True)
+        way_back = Rollback(core, active, moving, before, deep=True, own_memory=True)
         try:
             layers, projectors, own = self._projected(active)
             if layers and not core.project_update:
@@ -329,8 +331,8 @@ class Stepper:
             self._clip(active, figures)
             self._base_step(active)
             if core.project_update:
-                self._project_update(active, figures)
-            usable = torch.ones((), dtype=torch.bool, device=moving[0].device)
+                self._project_update(active, figures, dict(zip(moving, before, strict=True)))
+            usable = torch.ones((), dtype=torch.bool, device=params[0].device)
             for name in ("grad_norm", "grad_norm_perturbed"):
                 if name in figures:
                     usable &= torch.isfinite(figures[name])
@@ -387,7 +389,9 @@ class Stepper:
             for p, gradient in hidden:
                 p.grad = gradient
 
-    def _project_update(self, active: str, figures: Figures) -> None:
+    def _project_update(
+        self, active: str, figures: Figures, weights_before: dict[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
         """Let T act on what the base optimizer has moved the weights by."""
         core = self._core
         layers, projectors = core.projection.for_step(active)
@@ -398,7 +402,8 @@ class Stepper:
         ]
         if having:
             weights: list[torch.Tensor] = [layer.module.weight for layer, _ in having]
-            before = [core.before[weight] for weight in weights]
+            kept = core.before if weights_before is None else weights_before
+            before = [kept[weight] for weight in weights]
             figures["projected"] = _igm_rs.project_update_(weights, before, [projector for _, projector in having])
 
     def _note(self, active: str, figures: Figures) -> None:
@@ -463,12 +468,13 @@ class Stepper:
         """
         core = self._core
         state = core.base.state
-        if core.provisional:
-            state.clear()
-            core.provisional = False
+        self._forget_provisional()
         if closure is not None or state:
             return False
         groups = core.base.param_groups
+        lrs = [group["lr"] for group in groups if isinstance(group.get("lr"), torch.Tensor)]
+        if not all(lr.is_cpu for lr in lrs):  # the zero that it sets is on the CPU; another would be waited for
+            return False
         if not groups or not all("lr" in group and float(group["lr"]) == 0 for group in groups):
             return False
         params = [p for group in groups for p in group["params"] if p.requires_grad]
@@ -481,6 +487,12 @@ class Stepper:
         core.provisional = bool(state)
         core.tap.drop()
         return True
+
+    def _forget_provisional(self) -> None:
+        core = self._core
+        if core.provisional:
+            core.base.state.clear()
+            core.provisional = False
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is told
@@ -537,6 +549,11 @@ def capturing(params: list[torch.Tensor]) -> bool:
     return params[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _own_memory(params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Memory for weights that belongs to a CUDA graph alone: it is written to whenever the graph is replayed."""
+    return [torch.empty_like(p, requires_grad=False) for p in params]
+
+
 def one_closure(
     closures: list[Closure] | tuple[Closure, ...], clear: Callable[[], None], core: Core
 ) -> Callable[[], Any]:
@@ -549,9 +566,16 @@ def one_closure(
         clear()
         core.accumulating = True
         try:
-            total = _loss_of(closures[0])
-            for closure in closures[1:]:
-                total = total + _loss_of(closure)
+            total: Any = 0.0
+            for position, closure in enumerate(closures):
+                loss = _loss_of(closure)
+                if isinstance(loss, torch.Tensor):
+                    loss = loss.detach()  # its graph is not kept for the sum
+                elif not isinstance(loss, (int, float)):
+                    raise TypeError(
+                        f"closure[{position}] returned a {type(loss).__name__}, expected the loss: a tensor or a number"
+                    )
+                total = total + loss
         finally:
             core.accumulating = False
         return total

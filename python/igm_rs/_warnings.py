@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 
 __all__ = ["warn"]
 
-_OURS = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+_OURS = (*(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__)), contextlib.__file__)
 
 
 def warn(message: str, category: type[Warning]) -> None:

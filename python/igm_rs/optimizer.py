@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -185,6 +184,8 @@ class IGMOptimizer(torch.optim.Optimizer):
             raise ValueError("heads, head and scope are given together, expected at most one of them")
 
         ready = base_optimizer(params, base, base_kwargs)
+        for group in ready.param_groups:
+            group.pop(_checkpoint.STATE_KEY, None)  # of a checkpoint of ours that the bare base has loaded
         super().__init__(ready.param_groups, ready.defaults)
         known = parameter_names(ready.param_groups, model)
         check_parameters(ready.param_groups, known)
@@ -481,7 +482,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         scaler : torch.amp.GradScaler, optional
             For a closure that calls ``scaler.scale(loss).backward()`` and returns the loss itself: the gradients of
             both passes are unscaled, an infinity in either skips the step, and the scaler is told of both. Call
-            ``scaler.update()`` afterwards.
+            ``scaler.update()`` afterwards, and no ``unscale_`` in the closure.
 
         Returns
         -------
@@ -499,6 +500,11 @@ class IGMOptimizer(torch.optim.Optimizer):
             Whatever the closure raises; everything is then as before the step, to the bit.
         """
         _check_scaler(scaler)
+        if scaler is not None and closure is None:
+            raise ValueError(
+                "scaler is given to step() without a closure, expected scaler.unscale_(opt) and scaler.step(opt), or a "
+                "closure"
+            )
         return self._stepper.step(self._closure(closure), scaler)
 
     @_disable_dynamo
@@ -538,7 +544,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         """Give the next ``step()`` without a closure its second pass, for trainers that compute the first themselves.
 
         The gradients at hand at that step are those of the first pass. `closure` computes those at θ + ε*, on the same
-        batches, and is forgotten afterwards, whatever comes of the step.
+        batches, and is forgotten afterwards, whatever comes of the step, and by :meth:`forget_step`.
 
         Parameters
         ----------
@@ -557,6 +563,14 @@ class IGMOptimizer(torch.optim.Optimizer):
         if one is None:
             raise TypeError("closure is None, expected a callable or a list of callables")
         self._core.replay = Replay(one, scaler)
+
+    def forget_step(self) -> None:
+        """Forget what was prepared for a step that will not be taken: its features, :meth:`replay`, the random state.
+
+        For a ``scaler.step(opt)`` that did not call ``step()``, as the scaler found an infinity in the first pass.
+        """
+        self._core.replay = self._core.random = None
+        self._core.tap.drop()
 
     def remember_rng(self) -> None:
         """Note torch's random state now, before the first pass of a step that ``first_step`` or ``replay`` will take.
@@ -614,7 +628,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         listed = param_group.get("params")
         if not isinstance(listed, (torch.Tensor, set)) and listed is not None:
             param_group = param_group | {"params": list(listed)}  # an iterator can be looked at once only
-        check_parameters([param_group], {})
+        check_parameters([*core.base.param_groups, param_group], {})
         core.base.add_param_group(param_group)
         core.modalities.index(core.base.param_groups)
         core.initial_lr.append(lr_of(core.base.param_groups[-1]))
@@ -626,8 +640,9 @@ class IGMOptimizer(torch.optim.Optimizer):
         in it. ``torch.load(weights_only=True)`` reads it. The first group has the same under the same key, as
         ``torch.distributed.checkpoint`` keeps nothing else.
         """
-        with self._state_hooks_held():
-            state = super().state_dict()
+        for prepare in self._optimizer_state_dict_pre_hooks.values():
+            prepare(self)
+        state = self._core.base.state_dict()
         mine = _checkpoint.state(self._core)
         state[_checkpoint.STATE_KEY] = mine
         if state["param_groups"]:
@@ -664,45 +679,31 @@ class IGMOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"load_state_dict inside turn({core.turn!r}): the saved open turn is {open_turn!r}")
         if core.perturbed is not None:
             core.abandon_perturbation()
-        groups, state = self.param_groups, self.state
+        base, groups, state = core.base, self.param_groups, self.state
         of_base = {key: value for key, value in state_dict.items() if key != _checkpoint.STATE_KEY}
         of_base["param_groups"] = [
             {key: value for key, value in group.items() if key != _checkpoint.STATE_KEY}
             for group in state_dict["param_groups"]
         ]
-        with self._state_hooks_held():
-            super().load_state_dict(of_base)
-        groups[:] = self.param_groups  # the same objects go on: the base has them, and perhaps a trainer
-        state.clear()
-        state.update(self.state)
-        self.param_groups, self.state = groups, state
-        core.base.__setstate__({"state": state, "param_groups": groups})
+        try:
+            base.load_state_dict(of_base)
+        finally:  # the same objects go on, here, in the base, and perhaps in a trainer
+            groups[:], loaded = base.param_groups, dict(base.state)
+            state.clear()
+            state.update(loaded)
+            base.__setstate__({"state": state, "param_groups": groups})
         core.modalities.index(groups)
         core.before.clear()
         core.spare.clear()
         core.provisional = False
+        core.replay = core.random = None
         core.tap.drop()
         if mine is not None:
             _checkpoint.load(core, mine)
+            if core.turn is not None and core.counters.open not in (None, core.turn):
+                self._course.leave()  # that of steps outside any turn, which the block around this ends
         for told in self._optimizer_load_state_dict_post_hooks.values():
             told(self)
-
-    @contextmanager
-    def _state_hooks_held(self) -> Iterator[None]:
-        """Keep torch from calling the hooks that shall see the whole state dict, ours included."""
-        names = (
-            "_optimizer_state_dict_post_hooks",
-            "_optimizer_load_state_dict_pre_hooks",
-            "_optimizer_load_state_dict_post_hooks",
-        )
-        kept = {name: getattr(self, name) for name in names}
-        try:
-            for name in names:
-                setattr(self, name, OrderedDict())
-            yield
-        finally:
-            for name, hooks in kept.items():
-                setattr(self, name, hooks)
 
 
 def _check_callable(argument: str, closure: Any) -> None:

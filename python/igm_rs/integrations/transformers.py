@@ -175,10 +175,8 @@ class IGMTrainerMixin(_Trainer):  # type: ignore[misc, unused-ignore]
 
     def _abandon_skipped_step(self) -> None:
         """Drop second pass and features of a step that the scaler has not let through to the optimizer."""
-        core = self.igm_optimizer._core
-        if core.replay is not None:
-            core.replay = core.random = None
-            core.tap.drop()
+        if self.igm_optimizer._core.replay is not None:
+            self.igm_optimizer.forget_step()
 
     def _second_pass(
         self, micro_batches: list[tuple[nn.Module, Any, Any, bool]], scaler: GradScaler | None
