@@ -300,7 +300,11 @@ def table(done: list[Row]) -> str:
     lines += [
         f"| {row.name} | {row.ours} | {row.ours_ms:.3g} ({row.ours_spread_ms:.2g}) | {row.peer} | "
         f"{row.peer_ms:.3g} ({row.peer_spread_ms:.2g}) | {row.ratio:.2f}× | "
-        + (f"{row.target} {row.limit:g}× | {'reached' if row.reached else 'missed'} |" if row.limit else "no figure | |")
+        + (
+            f"{row.target} {row.limit:g}× | {'reached' if row.reached else 'missed'} |"
+            if row.limit
+            else "no figure | |"
+        )
         for row in done
     ]
     return "\n".join(lines)
