@@ -479,8 +479,10 @@ def test_a11_a13_masks_micro_batches_and_settings_together(form, options):
             for one in mine:
                 one()
             if form == "replay":
-                opt.replay(mine)
+                opt.replay(mine, loss=other.last_stats["loss"])
                 opt.step()
+                for name in ("loss", "loss_perturbed", "sharpness"):
+                    assert opt.last_stats[name] == pytest.approx(other.last_stats[name], rel=1e-12)
             else:
                 opt.first_step(zero_grad=True)
                 for one in mine:

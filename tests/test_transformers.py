@@ -165,6 +165,7 @@ def test_weights_losses_and_rates_are_those_of_a_plain_loop(tmp_path, optim, max
     assert logged(trainer, "loss") == plain.losses
     assert logged(trainer, "learning_rate") == plain.lrs
     assert trainer.igm_optimizer.unperturbed_steps == 0
+    assert trainer.igm_optimizer.last_stats["loss"] == pytest.approx(plain.losses[-1], rel=1e-6)
     assert trainer.igm_optimizer.last_stats["loss_perturbed"] != plain.losses[-1]
     if max_grad_norm:  # the gradient of the second pass was clipped as well, or the norms would not bind
         assert min(logged(trainer, "grad_norm")) > max_grad_norm

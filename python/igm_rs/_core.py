@@ -70,10 +70,11 @@ class Perturbed:
 
 @dataclass
 class Replay:
-    """The closure that the next step without one runs for its second pass, and the scaler of its loss."""
+    """The closure that the next step without one runs for its second pass, the scaler of its loss, and the first's."""
 
     closure: Closure
     scaler: Any
+    loss: Any
 
 
 @dataclass

@@ -88,7 +88,8 @@ class Stepper:
                 raise RuntimeError(_REMEMBER.format("replay"))
             second, of_second = replay.closure, replay.scaler
         if not self._make_state_only(closure):
-            self._step(second, loss, closure is not None, scaler, of_second, random)
+            told = loss if replay is None else replay.loss
+            self._step(second, told, closure is not None, scaler, of_second, random)
         return loss
 
     def _first(self, scaler: Any) -> None:

@@ -540,7 +540,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def replay(self, closure: Closure | Sequence[Closure], *, scaler: Any = None) -> None:
+    def replay(self, closure: Closure | Sequence[Closure], *, scaler: Any = None, loss: Any = None) -> None:
         """Give the next ``step()`` without a closure its second pass, for trainers that compute the first themselves.
 
         The gradients at hand at that step are those of the first pass. `closure` computes those at θ + ε*, on the same
@@ -552,6 +552,8 @@ class IGMOptimizer(torch.optim.Optimizer):
             As in :meth:`step`.
         scaler : torch.amp.GradScaler, optional
             For a closure that scales its loss. The first pass's gradients must have been unscaled by then.
+        loss : torch.Tensor or float, optional
+            L(θ) of the first pass, for ``last_stats["loss"]`` and ``["sharpness"]``.
 
         Raises
         ------
@@ -562,7 +564,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         one = self._closure(closure)
         if one is None:
             raise TypeError("closure is None, expected a callable or a list of callables")
-        self._core.replay = Replay(one, scaler)
+        self._core.replay = Replay(one, scaler, loss)
 
     def forget_step(self) -> None:
         """Forget what was prepared for a step that will not be taken: its features, :meth:`replay`, the random state.

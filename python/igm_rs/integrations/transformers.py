@@ -88,6 +88,7 @@ class IGMTrainerMixin(_Trainer):  # type: ignore[misc, unused-ignore]
             raise TypeError(f"igm is a {type(igm).__name__}, expected a mapping of IGMOptimizer's arguments")
         self._igm = igm
         self._micro_batches: list[tuple[nn.Module, Any, Any, bool]] = []
+        self._loss: torch.Tensor | float = 0.0
         super().__init__(*args, **kwargs)
         sharding = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
         if sharding is not None:
@@ -160,18 +161,20 @@ class IGMTrainerMixin(_Trainer):  # type: ignore[misc, unused-ignore]
         synchronised = getattr(model, "require_backward_grad_sync", True)  # False where DDP only accumulates
         self._micro_batches.append((model, inputs, num_items_in_batch, synchronised))
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._loss = self._loss + loss
         return loss
 
     def _forget_micro_batches(self) -> None:
         """Drop what a training that stopped within an accumulation has left: its gradients are cleared too."""
-        self._micro_batches = []
+        self._micro_batches, self._loss = [], 0.0
 
     def _announce_second_pass(self) -> None:
         """Tell the optimizer how to compute the gradients of the coming step again."""
-        micro_batches, self._micro_batches = self._micro_batches, []
+        micro_batches, loss = self._micro_batches, self._loss
+        self._forget_micro_batches()
         if micro_batches:
             scaler = self.accelerator.scaler
-            self.igm_optimizer.replay(lambda: self._second_pass(micro_batches, scaler), scaler=scaler)
+            self.igm_optimizer.replay(lambda: self._second_pass(micro_batches, scaler), scaler=scaler, loss=loss)
 
     def _abandon_skipped_step(self) -> None:
         """Drop second pass and features of a step that the scaler has not let through to the optimizer."""
