@@ -1,5 +1,7 @@
 """What all tests share: the seed, one thread, Hypothesis' settings, and the devices they run on."""
 
+import signal
+
 import hypothesis
 import pytest
 import torch
@@ -39,12 +41,17 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def _reproducible():
-    """Start every test from the same seed, on one thread (two give other sums)."""
+    """Start every test from the same seed, on one thread (two give other sums), with Ctrl-C as Python has it.
+
+    A process that a shell runs in the background ignores Ctrl-C.
+    """
     threads = torch.get_num_threads()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
