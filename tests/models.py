@@ -85,6 +85,17 @@ def distance(model, other):
     return torch.stack([(p - q).abs().max().double() for p, q in pairs]).max().item()  # a NaN stays one
 
 
+def same(a, b):
+    """Whether two nested structures of dicts, lists, tensors and values are equal, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 class Pair:
     """A model under IGMOptimizer and its twin under the reference, on the same batches."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import OwnHeads, batches, closure_for, distance
+from models import OwnHeads, batches, closure_for, distance, same
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -76,17 +76,6 @@ def plain_step(model, opt, batch, autocast=None):
         return loss
 
     return opt.step(closure).item()
-
-
-def same(a, b):
-    """Whether two nested structures of dicts, lists, tensors and values are equal, tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # --- one process ----------------------------------------------------------------------------------------------------

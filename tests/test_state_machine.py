@@ -18,6 +18,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from models import same
 from reference import Algorithm1
 from torch import nn
 from torch.nn.functional import huber_loss
@@ -245,17 +246,6 @@ def scheduler_for(setup, optimizer):
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
-
-
-def same(a, b):
-    """Whether two nested structures of dicts, lists, tensors and values are equal, tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def near(actual, expected, tolerance, what):

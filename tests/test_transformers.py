@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import same
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -88,17 +89,6 @@ def equal(model, other):
     """Whether all parameters and buffers of two models are equal to the bit."""
     mine, theirs = model.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
-
-
-def same(a, b):
-    """Whether two nested structures of dicts, lists, tensors and values are equal, tensors to the bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 class PlainLoop:

@@ -8,7 +8,7 @@ import torch
 
 from . import _igm_rs
 
-__all__ = ["FusedSGD"]
+__all__ = ["Arguments", "FusedSGD"]
 
 Arguments = tuple[
     list[torch.Tensor], list[torch.Tensor | None], list[bool], list[tuple[int, float, float, float, float, bool, bool]]

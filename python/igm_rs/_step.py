@@ -13,8 +13,10 @@ from . import _igm_rs
 from ._base import step_without_hooks
 from ._core import Closure, Core, Perturbed
 from ._course import Course
+from ._layers import Layer
 from ._random import RandomState
 from ._rollback import Rollback
+from ._sgd import Arguments, FusedSGD
 from .stats import effective_perturbation, step_stats
 
 __all__ = ["Stepper"]
@@ -126,7 +128,7 @@ class Stepper:
         if active is None:
             return
         params, gradients, rhos = core.moving(active)
-        kept = len(params) == len(perturbed.params) and all(map(operator.is_, params, perturbed.params))
+        kept = _identical(params, perturbed.params)
         self._unscale(scaler, params, 1)
         figures["grad_norm_perturbed"] = norm = _norm(gradients)
         if not (figures["usable"] and _usable(norm)):
@@ -199,15 +201,12 @@ class Stepper:
             moving, second = self._second_pass(active, closure, scaler, random, figures)
             then["moving"], then["gradients"] = moving, second
             then["skip"] = not _usable(figures["grad_norm"], figures["grad_norm_perturbed"])
-            then["same"] = len(moving) == len(params) and all(map(operator.is_, moving, params))
+            then["same"] = _identical(moving, params)
             fused = None if then["skip"] or core.project_update or not then["same"] else core.fused
             if fused is None or not fused.possible(params, second):
                 return None
             then["way back"] = Rollback(core, active, [], [], deep=False)
-            self._prepare(active, figures)
-            arguments = fused.prepare(core.modalities.active[active], second)
-            self._note(active, figures)
-            return *arguments, done
+            return *self._all_but_the_step(active, figures, fused, second), done
 
         on_cpu = figures["grad_norm"].device.type == "cpu"  # elsewhere it is measured at the first step of a turn
         measure = on_cpu or "perturbation" not in core.warned or not core.counters.started[active]
@@ -273,12 +272,10 @@ class Stepper:
             way_back = Rollback(core, active, params if before else [], before, deep=core.atomic)
         try:
             core.counters.unperturbed += unperturbed
-            self._prepare(active, figures)
             if fused is not None:
-                arguments = fused.prepare(core.modalities.active[active], gradients)
-                self._note(active, figures)
-                _igm_rs.sgd_step_(params, [], *arguments, done)
+                _igm_rs.sgd_step_(params, [], *self._all_but_the_step(active, figures, fused, gradients), done)
             else:
+                self._prepare(active, figures)
                 self._base_step(active)
                 if core.project_update:
                     self._project_update(active, figures)
@@ -287,6 +284,15 @@ class Stepper:
             if not done:
                 way_back.undo()
             raise
+
+    def _all_but_the_step(
+        self, active: str, figures: Figures, fused: FusedSGD, gradients: list[torch.Tensor]
+    ) -> Arguments:
+        """Do what belongs to a step, so that the one call with the returned arguments is the last of it."""
+        self._prepare(active, figures)
+        arguments = fused.prepare(self._core.modalities.active[active], gradients)
+        self._note(active, figures)
+        return arguments
 
     def _captured(
         self,
@@ -326,10 +332,7 @@ class Stepper:
         _igm_rs.restore_(before, moving)
         way_back = Rollback(core, active, moving, before, deep=True, own_memory=True)
         try:
-            layers, projectors, own = self._projected(active)
-            if layers and not core.project_update:
-                _igm_rs.project_(own, projectors)
-            self._clip(active, figures)
+            self._modify(active, figures)
             self._base_step(active)
             if core.project_update:
                 self._project_update(active, figures, dict(zip(moving, before, strict=True)))
@@ -351,23 +354,27 @@ class Stepper:
     # Parts of a step
 
     def _prepare(self, active: str, figures: Figures) -> None:
-        """Begin the turn where this is its first step; ∇W ← ∇W T (Eq. 9); clip."""
-        core = self._core
+        """Begin the turn where this is its first step; then modify the gradient."""
         self._course.enter(active)
-        layers, projectors, gradients = self._projected(active)
-        if layers and not core.project_update:
-            figures["projected"] = _igm_rs.project_(gradients, projectors)
-        figures["layers"] = layers
+        self._modify(active, figures)
+
+    def _modify(self, active: str, figures: Figures) -> None:
+        """∇W ← ∇W T (Eq. 9); clip."""
+        projected = self._projected(active)
+        figures["layers"] = [layer.name for layer, _, _ in projected]
+        if projected and not self._core.project_update:
+            figures["projected"] = _igm_rs.project_(
+                [gradient for _, _, gradient in projected], [T for _, T, _ in projected]
+            )
         self._clip(active, figures)
 
-    def _projected(self, active: str) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
-        """The layers of `active` that have a T and a gradient: names, T's, gradients."""
-        having = [
-            (layer.name, projector, gradient)
+    def _projected(self, active: str) -> list[tuple[Layer, torch.Tensor, torch.Tensor]]:
+        """The layers of `active` that have a T and a gradient, with both."""
+        return [
+            (layer, projector, gradient)
             for layer, projector in zip(*self._core.projection.for_step(active), strict=True)
             if (gradient := layer.module.weight.grad) is not None
         ]
-        return [name for name, _, _ in having], [T for _, T, _ in having], [gradient for _, _, gradient in having]
 
     def _clip(self, active: str, figures: Figures) -> None:
         """Clip all that moves to ``max_grad_norm`` together."""
@@ -394,18 +401,12 @@ class Stepper:
         self, active: str, figures: Figures, weights_before: dict[torch.Tensor, torch.Tensor] | None = None
     ) -> None:
         """Let T act on what the base optimizer has moved the weights by."""
-        core = self._core
-        layers, projectors = core.projection.for_step(active)
-        having = [
-            (layer, projector)
-            for layer, projector in zip(layers, projectors, strict=True)
-            if layer.module.weight.grad is not None
-        ]
-        if having:
-            weights: list[torch.Tensor] = [layer.module.weight for layer, _ in having]
-            kept = core.before if weights_before is None else weights_before
+        projected = self._projected(active)
+        if projected:
+            kept = self._core.before if weights_before is None else weights_before
+            weights: list[torch.Tensor] = [layer.module.weight for layer, _, _ in projected]
             before = [kept[weight] for weight in weights]
-            figures["projected"] = _igm_rs.project_update_(weights, before, [projector for _, projector in having])
+            figures["projected"] = _igm_rs.project_update_(weights, before, [T for _, T, _ in projected])
 
     def _note(self, active: str, figures: Figures) -> None:
         """Count the step and let its features count."""
@@ -604,6 +605,11 @@ def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
                     "dense tensor: sparse gradients are not supported"
                 ) from None
         raise
+
+
+def _identical(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Whether both lists hold the same objects in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _finite(norm: torch.Tensor) -> bool:
