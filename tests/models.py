@@ -96,6 +96,11 @@ def same(a, b):
     return a == b
 
 
+def unchanged(model, before):
+    """Whether the parameters of a model are what they were, to the bit."""
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 class Pair:
     """A model under IGMOptimizer and its twin under the reference, on the same batches."""
 

@@ -10,8 +10,7 @@ import pickle
 
 import pytest
 import torch
-from models import OwnHeads, SharedHead, batches, closure_for
-from test_contract import same
+from models import OwnHeads, SharedHead, batches, closure_for, same
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import batches
-from test_contract import TWO, build, same, snapshot, train, unchanged, weights
+from models import batches, same, unchanged
+from test_contract import TWO, build, snapshot, train, weights
 
 
 def put(*path):

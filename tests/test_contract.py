@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import OwnHeads, Pair, SharedHead, batches, closure_for, distance, same
+from models import OwnHeads, Pair, SharedHead, batches, closure_for, distance, same, unchanged
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -43,10 +43,6 @@ def snapshot(opt):
 
 def weights(model):
     return [p.detach().clone() for p in model.parameters()]
-
-
-def unchanged(model, before):
-    return all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 def train(model, opt, data, steps, start=0):

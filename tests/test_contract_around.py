@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import OwnHeads, batches, closure_for, distance
-from test_contract import BASES, TWO, build, every_base, same, snapshot, unchanged, weights
+from models import OwnHeads, batches, closure_for, distance, same, unchanged
+from test_contract import BASES, TWO, build, every_base, snapshot, weights
 from torch import nn
 from torch.nn.functional import cross_entropy
 

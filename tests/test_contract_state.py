@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import pytorch_optimizer
 import torch
-from models import OwnHeads, SharedHead, batches, closure_for, distance
-from test_contract import BASES, TWO, build, drive, every_base, every_switch, same, snapshot, train
+from models import OwnHeads, SharedHead, batches, closure_for, distance, same
+from test_contract import BASES, TWO, build, drive, every_base, every_switch, snapshot, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from models import OwnHeads, batches
-from test_contract import same, weights
+from models import OwnHeads, batches, same
+from test_contract import weights
 from torch.nn.functional import cross_entropy
 
 from igm_rs import IGMOptimizer

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import OwnHeads, SharedHead, batches, closure_for
+from models import OwnHeads, SharedHead, batches, closure_for, unchanged
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -30,10 +30,6 @@ def make(kind=OwnHeads, base=None, **options):
 
 def step(model, opt, name, t):
     return opt.step(closure_for(opt, model, name, DATA[name][t]))
-
-
-def unchanged(model, before):
-    return all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("kernel", ["perturb_", "restore_"])

@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 import torch
-from models import OwnHeads, SharedHead, batches
-from test_contract import TWO, drive, same
+from models import OwnHeads, SharedHead, batches, same
+from test_contract import TWO, drive
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
