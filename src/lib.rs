@@ -3,6 +3,7 @@
 mod aten;
 mod covariance;
 mod error;
+mod modify;
 mod projector;
 mod python;
 mod sam;
@@ -21,30 +22,45 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("TORCH_VERSION", env!("IGM_TORCH_VERSION"))?;
     module.add("DEBUG", cfg!(debug_assertions))?;
     // Eq. (2): covariance.rs
-    module.add_function(wrap_pyfunction!(python::batch_rows, module)?)?;
-    module.add_function(wrap_pyfunction!(python::append_rows_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::accumulate_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::add_rows_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::centre_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::decay_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::covariance::batch_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(python::covariance::append_rows_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::covariance::accumulate_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::covariance::add_rows_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::covariance::centre_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::covariance::decay_, module)?)?;
     // Eqs. (3)–(5), (9): projector.rs
-    module.add_function(wrap_pyfunction!(python::flat_projector, module)?)?;
-    module.add_function(wrap_pyfunction!(python::flat_projector_from_rows, module)?)?;
-    module.add_function(wrap_pyfunction!(python::orthogonal_projector_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::project_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::project_update_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::multiply, module)?)?;
-    module.add_function(wrap_pyfunction!(python::singular_values, module)?)?;
+    module.add_function(wrap_pyfunction!(python::projector::flat_projector, module)?)?;
+    module.add_function(wrap_pyfunction!(
+        python::projector::flat_projector_from_rows,
+        module
+    )?)?;
+    module.add_function(wrap_pyfunction!(
+        python::projector::orthogonal_projector_,
+        module
+    )?)?;
+    module.add_function(wrap_pyfunction!(python::projector::project_, module)?)?;
+    module.add_function(wrap_pyfunction!(
+        python::projector::project_update_,
+        module
+    )?)?;
+    module.add_function(wrap_pyfunction!(python::projector::multiply, module)?)?;
+    module.add_function(wrap_pyfunction!(
+        python::projector::singular_values,
+        module
+    )?)?;
     // Eqs. (6)–(8): sam.rs, sgd.rs
-    module.add_function(wrap_pyfunction!(python::gradient_norm, module)?)?;
-    module.add_function(wrap_pyfunction!(python::perturb_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::restore_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::at_perturbed, module)?)?;
-    module.add_function(wrap_pyfunction!(python::sgd_step_, module)?)?;
-    module.add_function(wrap_pyfunction!(python::sgd_step_possible, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sam::gradient_norm, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sam::perturb_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sam::restore_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sam::at_perturbed, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sam::sgd_step_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sam::sgd_step_possible, module)?)?;
     // Algorithm 1, lines 1–2, 8–9: schedule.rs
-    module.add_function(wrap_pyfunction!(python::previous_modality, module)?)?;
-    module.add_function(wrap_pyfunction!(python::turn_at, module)?)?;
-    module.add_function(wrap_pyfunction!(python::source_lists, module)?)?;
+    module.add_function(wrap_pyfunction!(
+        python::schedule::previous_modality,
+        module
+    )?)?;
+    module.add_function(wrap_pyfunction!(python::schedule::turn_at, module)?)?;
+    module.add_function(wrap_pyfunction!(python::schedule::source_lists, module)?)?;
     Ok(())
 }
