@@ -294,8 +294,10 @@ def ridge_projector(covariance, alpha):
 
 
 def null_space_projector(covariance, a):
-    """Return T = V₀V₀ᵀ/‖V₀V₀ᵀ‖_F of the directions with λ ≤ a·λ_min (Adam-NSCL), in float64."""
+    """Return T = V₀V₀ᵀ/‖V₀V₀ᵀ‖_F of the directions with λ ≤ a·λ_min (Adam-NSCL), in float64; I if Ȳ = 0."""
     lambdas, v = _eigenvectors(covariance)
+    if lambdas.max() == 0:
+        return torch.eye(len(lambdas), dtype=torch.float64)
     v = v[:, lambdas <= a * lambdas.min()]
     projector = v @ v.T
     return projector / torch.linalg.matrix_norm(projector)
@@ -532,7 +534,8 @@ class Algorithm1:
     base : torch.optim.Optimizer
         Holds all parameters of all modalities.
     heads : dict, optional
-        Name → the projected modules in the order of the forward pass. A shared head stands under every name.
+        Name → the projected modules (or parts of attention) in the order of the forward pass. A shared head stands
+        under every name.
     rho, tau : float, dict or callable
         See the conventions at the top. 0 switches SAM or the projection off.
     sources : "previous", "others", "earlier" or dict
@@ -593,8 +596,8 @@ class Algorithm1:
             name: list(dict.fromkeys(self.layer_for[part] for module in modules for part in layers_of(module)))
             for name, modules in head_modules.items()
         }
-        self.head_modules = head_modules
-        self.parts = {name: [*parts, *head_modules[name]] for name, parts in modalities.items()}
+        self.head_modules = {name: [_split(module)[0] for module in given] for name, given in head_modules.items()}
+        self.parts = {name: [*parts, *self.head_modules[name]] for name, parts in modalities.items()}
         self.parameters = {name: self._parameters_of(name) for name in self.modalities}
         self.initial_lr = [group["lr"] for group in base.param_groups]
         self.projectors = {name: {} for name in self.modalities}  # modality → layer → T⁽ᵏ⁾; missing means I
@@ -671,7 +674,7 @@ class Algorithm1:
             if online and not (torch.is_grad_enabled() and module.training):
                 return
             for part in layers_of(module):
-                if self.layer_for[part] in layers:
+                if self.layer_for.get(part) in layers:
                     reduce = "mean" if self.features == "mean" else "samples"
                     rows = layer_rows(part, *inputs, reduce=reduce, augment=self.augment, **keywords)
                     new = [row for row in rows if torch.isfinite(row).all()]

@@ -823,6 +823,7 @@ def test_null_space_projector_by_hand():
         paper.null_space_projector(torch.diag(matrix(4, 1e-17, 1e-3, 0)), 10.0),
         torch.diag(matrix(0, 1, 0, 1)) / math.sqrt(2),
     )
+    assert torch.equal(paper.null_space_projector(torch.zeros(2, 2), 10.0), torch.eye(2, dtype=F64))
     q = torch.linalg.qr(matrix([1, 2], [3, 5]))[0]
     near(paper.null_space_projector(q @ matrix([3, 0], [0, 0]) @ q.T, 10.0), torch.outer(q[:, 1], q[:, 1]))
 
