@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import multi_head_attention_forward
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -119,8 +119,8 @@ def slots(module: nn.Module) -> list[Slot] | None:
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return None
     if isinstance(module, nn.Linear):
-        shape = (module.out_features, module.in_features)
-        return [Slot("", "weight", shape, module.in_features, Ear(module, "input"))]
+        size = (module.out_features, module.in_features)
+        return [Slot("", "weight", size, module.in_features, Ear(module, "input"))]
     if isinstance(module, _CONVOLUTIONS):
         inside = module.in_channels // module.groups
         shape = (module.out_channels, inside, *module.kernel_size)
@@ -129,9 +129,7 @@ def slots(module: nn.Module) -> list[Slot] | None:
     if isinstance(module, nn.MultiheadAttention):
         return _of_attention(module)
     if any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__):
-        plain = module._parameters.get("weight")
-        d, out = (module.nx, module.nf) if plain is None else plain.shape
-        return [Slot("", "weight", (d, out), d, Ear(module, "x"), transposed=True)]  # type: ignore[arg-type]
+        return [_of_conv1d(module)]
     return None
 
 
@@ -155,6 +153,13 @@ def original(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> list[
     else:
         of_it = (p for name, p in own.items() if p is not None and name.startswith(f"{attribute}_"))
     return [p for p in of_it if tuple(p.shape) == shape]
+
+
+def _of_conv1d(module: Any) -> Slot:
+    """Of transformers' Conv1D, a Linear whose weight is (d, out)."""
+    plain = module._parameters.get("weight")
+    d, out = (module.nx, module.nf) if plain is None else plain.shape
+    return Slot("", "weight", (d, out), d, Ear(module, "x"), transposed=True)
 
 
 def _of_attention(module: nn.MultiheadAttention) -> list[Slot]:
@@ -212,7 +217,7 @@ def _attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         query, key, value = made[id(query)], made[id(key)], made[id(value)]
     with torch.no_grad(), _still(module):
         weight = module.out_proj.weight
-        result, _ = F.multi_head_attention_forward(
+        result, _ = multi_head_attention_forward(
             query,
             key,
             value,
@@ -225,7 +230,7 @@ def _attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             module.add_zero_attn,
             0.0,
             torch.eye(module.embed_dim, dtype=weight.dtype, device=weight.device),
-            None,  # type: ignore[arg-type]
+            None,
             training=False,
             key_padding_mask=given.get("key_padding_mask"),
             need_weights=False,
@@ -243,23 +248,15 @@ def _attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 @contextmanager
 def _still(module: nn.Module) -> Iterator[None]:
     """While it lasts, what `module`'s weights are parametrised by is not in training: nothing of it moves."""
-    made_by = [one for one in module.modules() if is_parametrized(one)]
-    moving: list[Callable[[], Any]] = [
-        part.train
-        for one in made_by
-        for part in one.parametrizations.modules()
-        if part.training  # type: ignore[union-attr,operator]
-    ]
-    if not moving:
-        yield
-        return
-    for one in made_by:
-        one.parametrizations.eval()  # type: ignore[union-attr,operator]
+    made_by: list[Any] = [one.parametrizations for one in module.modules() if is_parametrized(one)]
+    moving = [part for one in made_by for part in one.modules() if part.training]
+    for part in moving:
+        part.training = False
     try:
         yield
     finally:
-        for train in moving:
-            train()
+        for part in moving:
+            part.training = True
 
 
 def _product(sizes: tuple[int, ...]) -> int:

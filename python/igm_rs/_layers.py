@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._kinds import KINDS, Ear, Slot, original, passed_over, slots
@@ -247,10 +248,17 @@ def scope_layers(
         roots = modalities.modules[name]
         if not roots:
             raise ValueError(f"scope needs the modules of {name!r}, expected modalities[{name!r}] to list modules")
+        found = list(finder.candidates(roots))
+        for label, _, module in found:
+            if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+                raise ValueError(
+                    f"scope={scope} takes in layer {label!r}, a {type(module).__name__} without sizes, expected a "
+                    "forward pass before, from which it learns them"
+                )
         wanted = scope * sum(parameter.numel() for parameter in modalities.listed[name])
         layers: dict[Layer, None] = {}
         taken = 0
-        for label, relative, module in reversed(list(finder.candidates(roots))):
+        for label, relative, module in reversed(found):
             if taken >= wanted:
                 break
             for layer in reversed(finder.layers(label, relative, module, f"scope={scope}")):
