@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::aten;
+use crate::aten::{self, Span};
 use crate::covariance::{working_kind, Reduce};
 use crate::error::{Error, Result};
 
@@ -152,23 +152,125 @@ pub fn conv_rows(
     };
     let seen = geometry.pad(seen)?;
     let n = seen.size()[0] * positions.iter().product::<i64>();
-    let rows = if augment {
-        Tensor::f_ones([n, width], (kind, info.home()))?
-    } else {
-        Tensor::f_empty([n, width], (kind, info.home()))?
-    };
-    copy_patches(&seen, &rows, geometry, &positions, groups, d + one)?;
+    let stretch = d + one;
+    if info.is_cpu() {
+        let rows = Tensor::f_empty([n, width], (kind, info.home()))?;
+        gather(
+            &seen.f_contiguous()?,
+            &rows,
+            geometry,
+            &positions,
+            (groups, stretch),
+        )?;
+        return Ok(rows);
+    }
+    let rows = Tensor::f_ones([n, width], (kind, info.home()))?;
+    copy_patches(&seen, &rows, geometry, &positions, (groups, stretch))?;
     Ok(rows)
 }
 
-/// Copies the patches of `seen` (n, C, L…) into the first columns of each group's `stretch` in `rows`.
+/// Stands for the constant 1 among the places of the columns.
+const CONSTANT: usize = usize::MAX;
+
+/// Where each column of a row lies behind the first entry of its patch, for a row-major input with these `strides` (C, L…).
+fn columns(
+    strides: &[usize],
+    geometry: &Geometry,
+    inside: usize,
+    groups: usize,
+    augment: bool,
+) -> Vec<usize> {
+    let mut patch = vec![0];
+    for (i, (&kernel, &dilation)) in geometry.kernel.iter().zip(&geometry.dilation).enumerate() {
+        let step = size(dilation) * strides[i + 1];
+        patch = patch
+            .iter()
+            .flat_map(|place| (0..size(kernel)).map(move |k| place + k * step))
+            .collect();
+    }
+    let mut places = Vec::new();
+    for group in 0..groups {
+        for channel in group * inside..(group + 1) * inside {
+            places.extend(patch.iter().map(|place| channel * strides[0] + place));
+        }
+        if augment {
+            places.push(CONSTANT);
+        }
+    }
+    places
+}
+
+/// A size, which is never negative.
+fn size(number: i64) -> usize {
+    usize::try_from(number).unwrap_or(0)
+}
+
+/// Copies the patches of `seen` (n, C, L…), float64 and row-major in main memory, into `rows`; `layout`: groups, columns of each.
+fn gather(
+    seen: &Tensor,
+    rows: &Tensor,
+    geometry: &Geometry,
+    positions: &[i64],
+    layout: (i64, i64),
+) -> Result<()> {
+    let sizes: Vec<usize> = seen.size().into_iter().map(size).collect();
+    let mut strides = vec![1; sizes.len()];
+    for i in (1..sizes.len()).rev() {
+        strides[i - 1] = strides[i] * sizes[i];
+    }
+    let (groups, stretch) = (size(layout.0), size(layout.1));
+    let inside = sizes[1] / groups;
+    let d = inside * geometry.kernel.iter().map(|&k| size(k)).product::<usize>();
+    let places = columns(&strides[1..], geometry, inside, groups, stretch > d);
+    let first = |mut row: usize| {
+        let mut place = 0;
+        for (i, (&count, &step)) in positions.iter().zip(&geometry.stride).enumerate().rev() {
+            place += row % size(count) * size(step) * strides[i + 2];
+            row /= size(count);
+        }
+        place + row * strides[0]
+    };
+    let from = aten::readable(&[Some(seen)])?.into_iter().sum::<usize>();
+    let to = aten::writable(&[Some(rows)])?.into_iter().sum::<usize>();
+    let everything = Span {
+        tensor: 0,
+        start: 0,
+        len: strides[0] * sizes[0],
+    };
+    let numel = size(rows.size().iter().product());
+    let _nothing: Vec<()> = aten::for_chunks(&[numel], |(), span| {
+        // SAFETY: `seen` is row-major, float64, and has that many numbers, at least one; nobody writes to it.
+        let source: &[f64] = unsafe { aten::slice(from, everything) };
+        // SAFETY: `rows` is row-major, float64, new, and no other thread has this span.
+        let target: &mut [f64] = unsafe { aten::slice_mut(to, span) };
+        let (mut row, mut column, mut at) =
+            (span.start / places.len(), span.start % places.len(), 0);
+        while at < target.len() {
+            let len = (places.len() - column).min(target.len() - at);
+            let base = first(row);
+            let part = target[at..at + len]
+                .iter_mut()
+                .zip(&places[column..column + len]);
+            for (entry, &place) in part {
+                *entry = if place == CONSTANT {
+                    1.0
+                } else {
+                    source[base + place]
+                };
+            }
+            (row, column, at) = (row + 1, 0, at + len);
+        }
+    })?;
+    Ok(())
+}
+
+/// The same on any device, by views: into the first columns of each group's `stretch` in `rows`, which hold ones.
 fn copy_patches(
     seen: &Tensor,
     rows: &Tensor,
     geometry: &Geometry,
     positions: &[i64],
-    groups: i64,
-    stretch: i64,
+    (groups, stretch): (i64, i64),
 ) -> Result<()> {
     // (n, C, p…, k…), a view
     let mut patches = seen.shallow_clone();

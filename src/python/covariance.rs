@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 
-use super::{In, Ins, Out};
+use super::{released, In, Ins, Out};
 use crate::aten;
 use crate::covariance::{self, Reduce};
 use crate::unfold::{self, Geometry};
@@ -84,6 +84,7 @@ pub fn batch_rows(features: In, reduce: &str, augment: bool) -> PyResult<Out> {
 #[pyo3(signature = (features, reduce, kernel, stride, padding, dilation, mode, groups = 1, augment = false))]
 #[allow(clippy::too_many_arguments)] // a convolution has that many
 pub fn conv_rows(
+    py: Python<'_>,
     features: In,
     reduce: &str,
     kernel: Vec<i64>,
@@ -94,7 +95,6 @@ pub fn conv_rows(
     groups: i64,
     augment: bool,
 ) -> PyResult<Out> {
-    let _plain = aten::plain();
     let reduce = Reduce::parse(reduce)?;
     let geometry = Geometry {
         kernel,
@@ -103,8 +103,11 @@ pub fn conv_rows(
         dilation,
         mode,
     };
-    let rows = unfold::conv_rows(&features.0, reduce, &geometry, groups, augment)?;
-    Ok(Out(rows))
+    let In(features) = features;
+    released(py, move || {
+        unfold::conv_rows(&features, reduce, &geometry, groups, augment)
+    })
+    .map(Out)
 }
 
 /// Copy the finite rows into a buffer, behind those that it holds; `buffer` is changed.
