@@ -13,6 +13,7 @@ mod sam;
 mod schedule;
 mod sgd;
 mod spectrum;
+mod unfold;
 
 use pyo3::prelude::*;
 
@@ -25,8 +26,9 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_VERSION", env!("IGM_TORCH_VERSION"))?;
     module.add("DEBUG", cfg!(debug_assertions))?;
-    // Eq. (2): covariance.rs
+    // Eq. (2): covariance.rs, unfold.rs
     module.add_function(wrap_pyfunction!(python::covariance::batch_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(python::covariance::conv_rows, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::append_rows_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::accumulate_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::add_rows_, module)?)?;
