@@ -12,11 +12,11 @@ from . import _checks, _igm_rs
 from ._amp import Scaling
 from ._batchnorm import Statistics
 from ._features import FeatureTap
+from ._fused import fused_for
 from ._layers import Layer
 from ._modalities import Modalities
 from ._projection import Projection
 from ._random import RandomState
-from ._sgd import FusedSGD
 from ._turns import Counters
 from ._warnings import warn
 from .stats import StepStats
@@ -116,7 +116,7 @@ class Core:
 
     def __post_init__(self) -> None:
         self.groups = self.base.param_groups
-        self.fused = FusedSGD(self.base) if type(self.base) is torch.optim.SGD else None
+        self.fused = fused_for(self.base)
 
     def __getstate__(self) -> dict[str, Any]:
         scratch: dict[str, Any] = {

@@ -13,10 +13,10 @@ from . import _igm_rs
 from ._base import step_without_hooks
 from ._core import Closure, Core, Perturbed
 from ._course import Course
+from ._fused import Fused
 from ._layers import Layer
 from ._random import RandomState
 from ._rollback import Rollback
-from ._sgd import Arguments, FusedSGD
 from .stats import effective_perturbation, step_stats
 
 __all__ = ["Stepper"]
@@ -197,7 +197,7 @@ class Stepper:
         done: list[bool] = []
         then: dict[str, Any] = {"skip": False, "way back": None}
 
-        def at_perturbed_weights() -> Any:
+        def at_perturbed_weights(_: torch.Tensor | None) -> Any:
             moving, second = self._second_pass(active, closure, scaler, random, figures)
             then["moving"], then["gradients"] = moving, second
             then["skip"] = not _usable(figures["grad_norm"], figures["grad_norm_perturbed"])
@@ -273,7 +273,7 @@ class Stepper:
         try:
             core.counters.unperturbed += unperturbed
             if fused is not None:
-                _igm_rs.sgd_step_(params, [], *self._all_but_the_step(active, figures, fused, gradients), done)
+                fused.step_(params, [], self._all_but_the_step(active, figures, fused, gradients), done)
             else:
                 self._prepare(active, figures)
                 self._base_step(active)
@@ -286,8 +286,8 @@ class Stepper:
             raise
 
     def _all_but_the_step(
-        self, active: str, figures: Figures, fused: FusedSGD, gradients: list[torch.Tensor]
-    ) -> Arguments:
+        self, active: str, figures: Figures, fused: Fused, gradients: list[torch.Tensor]
+    ) -> tuple[Any, ...]:
         """Do what belongs to a step, so that the one call with the returned arguments is the last of it."""
         self._prepare(active, figures)
         arguments = fused.prepare(self._core.modalities.active[active], gradients)
@@ -322,7 +322,7 @@ class Stepper:
                     before,
                     figures["grad_norm"],
                     rhos,
-                    lambda: found.extend(self._second_pass(active, closure, scaler, None, figures)),
+                    lambda _: found.extend(self._second_pass(active, closure, scaler, None, figures)),
                     False,
                 )
             finally:
