@@ -10,7 +10,7 @@ from models import OwnHeads, Pair, batches, closure_for, same, unchanged
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from igm_rs import IGMOptimizer, _device
+from igm_rs import IGMOptimizer, _device, _igm_rs
 
 TWO = ("audio", "video")
 BASES = {
@@ -41,8 +41,17 @@ every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 def device(monkeypatch):
     """A switch: whether a step is taken as on a device, without a look at what it computes."""
 
+    usual = _igm_rs.at_perturbed
+
+    def at_perturbed(params, gradients, before, norm, *rest, **more):
+        """On a device a norm that is no use moves nothing; on the CPU it is an error."""
+        if not (math.isfinite(norm) and norm > 0):
+            gradients, norm = [torch.zeros_like(g) for g in gradients], torch.ones_like(norm)
+        return usual(params, gradients, before, norm, *rest, **more)
+
     def switch(on):
         monkeypatch.setattr(_device, "on_device", lambda _: on)
+        monkeypatch.setattr(_igm_rs, "at_perturbed", at_perturbed if on else usual)
 
     return switch
 

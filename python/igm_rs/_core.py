@@ -12,12 +12,12 @@ from . import _checks, _igm_rs
 from ._amp import Scaling
 from ._batchnorm import Statistics
 from ._features import FeatureTap
+from ._fused import fused_for
 from ._head_pass import HeadPass
 from ._layers import Layer
 from ._modalities import Modalities
 from ._projection import Projection
 from ._random import RandomState
-from ._fused import fused_for
 from ._turns import Counters
 from ._warnings import warn
 from .stats import StepStats
