@@ -22,13 +22,13 @@ ROUTES = ["eigh", "svd", "polynomial"]
 def flat(covariance, tau, route="auto", dtype=None):
     """Return T of Eq. (4), in full, and λ."""
     factor, lambdas, _ = rust.make_projector(covariance, "flat", tau, route=route, dtype=dtype)
-    return rust.dense_projector(factor, covariance.shape[-1]), lambdas
+    return rust.dense_projector(factor), lambdas
 
 
 def flat_from_rows(rows, tau, dtype=None, route="auto"):
     """Return T of Eq. (4), in full, and λ, from the rows of Ȳ."""
     factor, lambdas, _ = rust.make_projector_from_rows(rows, "flat", tau, route=route, dtype=dtype)
-    return rust.dense_projector(factor, rows.shape[1]), lambdas
+    return rust.dense_projector(factor), lambdas
 
 
 def project(gradients, projectors):
@@ -96,10 +96,10 @@ def test_flat_projector_by_hand(device, route):
     projector, lambdas = flat(matrix([2, 1], [1, 2], device=device), LN2, route=route)
     near(projector, matrix([0.75, -0.25], [-0.25, 0.75]))
     near(lambdas, torch.tensor([3.0, 1.0], dtype=F64))
-    assert (lambdas.dtype, lambdas.device.type) == (F64, "cpu")
+    assert lambdas.dtype == F64
     diagonal = torch.diag(torch.tensor([2.0, 0.0, 4.0], dtype=F64, device=device))
     factor, lambdas, report = rust.make_projector(covariance=diagonal, kind="flat", strength=LN2, route=route)
-    near(rust.dense_projector(factor=factor, d=3), torch.diag(torch.tensor([0.5**0.5, 1.0, 0.5], dtype=F64)))
+    near(rust.dense_projector(factor=factor), torch.diag(torch.tensor([0.5**0.5, 1.0, 0.5], dtype=F64)))
     near(lambdas, like(lambdas, torch.tensor([4.0, 2.0, 0.0], dtype=F64)))
     assert set(report) == {"route", "flops", "error_bound", "trace"}
     assert report["trace"] == pytest.approx(6.0)
@@ -151,7 +151,7 @@ def test_routes_agree_in_float32(device, lambdas, tau):
     expected = paper.flat_projector(covariance, tau)
     for route in ROUTES:
         projector, lambdas_ = flat(covariance.to(device), tau, route)
-        assert (projector.dtype, lambdas_.dtype) == (F32, F64)
+        assert (projector.dtype, lambdas_.dtype) == (F32, F32)
         assert torch.equal(projector, projector.T)
         # method.md §5: ≤ 2e-6 for τ ≤ 10; a float32 eigendecomposition is off by a few ulp of λ_max, times slope τ.
         near(projector, expected, max(2.0, tau))
@@ -162,7 +162,7 @@ def test_dtype_of_the_projector(device, source, target):
     covariance = with_spectrum(SPECTRA["generic"]).to(device, source)
     name = str(target).removeprefix("torch.")
     projector, lambdas = flat(covariance, 0.4, dtype=name)
-    assert (projector.dtype, lambdas.dtype) == (target, F64)
+    assert (projector.dtype, lambdas.dtype) == (target, source)
     assert torch.equal(projector, projector.T)
     expected = paper.flat_projector(covariance.cpu(), 0.4)
     near(projector.to(F32), expected)
@@ -334,7 +334,7 @@ def test_projector_from_rows_by_hand(device):
     factor, lambdas, report = rust.make_projector_from_rows(rows=rows, kind="flat", strength=LN2)
     assert set(report) == {"route", "flops", "error_bound", "trace"}
     assert report["trace"] == pytest.approx(6.0)
-    projector = rust.dense_projector(factor, 3)
+    projector = rust.dense_projector(factor)
     a, b = (0.5 + 0.5**0.5) / 2, (0.5**0.5 - 0.5) / 2
     near(projector, matrix([a, b, 0], [b, a, 0], [0, 0, 1]))
     near(lambdas, torch.tensor([4.0, 2.0, 0.0], dtype=F64))
@@ -361,7 +361,7 @@ def test_gram_route_agrees_with_eigh_and_the_reference(device, d, share, tau, ex
 def test_gram_route_in_float32(device):
     rows = torch.randn(9, 30)
     projector, lambdas = flat_from_rows(rows.to(device), 0.4)
-    assert (projector.dtype, lambdas.dtype) == (F32, F64)
+    assert (projector.dtype, lambdas.dtype) == (F32, F32)
     expected = paper.flat_projector(rows.double().T @ rows.double(), 0.4)
     near(projector, expected)
     assert flat_from_rows(rows.to(device), 0.4, dtype="float64")[0].dtype == F64
@@ -605,12 +605,12 @@ def test_factored_projector_by_hand(device):
     # T = 2 (I − Rᵀ M R) with R = (1, 0, 1), M = 1/4; and with M = I, R = (0, 1, 0).
     one = torch.ones(1, 1, dtype=F64, device=device)
     factor = (matrix([1, 0, 1], device=device), one / 4, 2.0)
-    near(rust.dense_projector(factor, 3), matrix([1.5, 0, -0.5], [0, 2, 0], [-0.5, 0, 1.5]))
+    near(rust.dense_projector(factor), matrix([1.5, 0, -0.5], [0, 2, 0], [-0.5, 0, 1.5]))
     gradient = matrix([1, 2, 3], device=device)
     stats = rust.project_([gradient], [None], [[factor]])
     near(gradient, matrix([0, 4, 4]))
     near(stats, matrix(statistics(matrix([1, 2, 3]), matrix([0, 4, 4]))))
-    near(rust.dense_projector((matrix([0, 1, 0], device=device), one, 1.0), 3), torch.diag(matrix(1, 0, 1)))
+    near(rust.dense_projector((matrix([0, 1, 0], device=device), one, 1.0)), torch.diag(matrix(1, 0, 1)))
     weight, before = matrix([1, 2, 3], device=device), matrix([0, 0, 0], device=device)
     rust.project_update_([weight], [before], [None], [None], [[factor]])
     near(weight, matrix([0, 4, 4]))
@@ -618,7 +618,7 @@ def test_factored_projector_by_hand(device):
 
 def test_factor_without_rows_is_a_multiple_of_the_identity(device):
     factor = (torch.zeros(0, 3, dtype=F64, device=device), torch.zeros(0, 0, dtype=F64, device=device), 0.5)
-    near(rust.dense_projector(factor, 3), 0.5 * torch.eye(3, dtype=F64))
+    near(rust.dense_projector(factor), 0.5 * torch.eye(3, dtype=F64))
     gradient = matrix([1, 2, 3], device=device)
     rust.project_([gradient], [None], [[factor]])
     near(gradient, matrix([0.5, 1, 1.5]))
@@ -684,7 +684,7 @@ def test_any_mix_of_layers_agrees_with_their_full_projectors(device, dtype, laye
                 mine.append((rows, core, 0.75))
             else:
                 mine.append((torch.randn(*[groups] * (groups > 1), width, width).to(device, working) / width,))
-            product = product @ rust.dense_projector(mine[-1], width).double().cpu()
+            product = product @ rust.dense_projector(mine[-1]).double().cpu()
         factors.append(mine)
         full.append(product)
     before = [g.clone() for g in gradients], [None if b is None else b.clone() for b in biases]
@@ -735,7 +735,7 @@ def test_projected_views_leave_the_rest_of_their_tensor_alone(device):
 
 def test_dense_projector_of_groups(device):
     both = torch.randn(2, 3, 3, dtype=F64, device=device)
-    assert torch.equal(rust.dense_projector((both,), 3), both)
+    assert torch.equal(rust.dense_projector((both,)), both)
 
 
 # -- the other kinds --------------------------------------------------------------------------------------------------
@@ -744,13 +744,13 @@ def test_dense_projector_of_groups(device):
 def made(covariance, kind, strength, **options):
     """Return T in full and λ."""
     factor, lambdas, _ = rust.make_projector(covariance, kind, strength, **options)
-    return rust.dense_projector(factor, covariance.shape[-1]), lambdas
+    return rust.dense_projector(factor), lambdas
 
 
 def made_from_rows(rows, kind, strength, **options):
     """Return T in full and λ."""
     factor, lambdas, _ = rust.make_projector_from_rows(rows, kind, strength, **options)
-    return rust.dense_projector(factor, rows.shape[1]), lambdas
+    return rust.dense_projector(factor), lambdas
 
 
 def test_ridge_by_hand(device):
@@ -820,7 +820,7 @@ def test_singular_values_of_any_memory_layout(device):
 C = torch.eye(2, dtype=F64)
 R = torch.ones(1, 2, dtype=F64)
 G, H = torch.ones(3, 2, dtype=F64), torch.ones(3, 2, dtype=F64)
-WIDE = torch.eye(5, dtype=F64)
+WIDE, UNEVEN = torch.eye(5, dtype=F64), matrix([2, 0], [0, 1])
 
 ERRORS = [
     (lambda: flat(G, 0.4), ValueError, ["covariance", "(3, 2)"]),
@@ -843,9 +843,8 @@ ERRORS = [
     (lambda: flat(C, 0.4, "lanczos"), ValueError, ["route", "lanczos", "eigh", "svd", "polynomial"]),
     (lambda: flat(C, 0.4, dtype="float8"), ValueError, ["dtype", "float8", "float32", "float64"]),
     (lambda: flat(C.numpy(), 0.4), TypeError, ["covariance", "ndarray"]),
-    (lambda: rust.make_projector(C, "flat", 0.4, noise=WIDE), ValueError, ["noise", "(5, 5)", "(2, 2)"]),
+    (lambda: rust.make_projector(UNEVEN, "flat", 0.4, noise=WIDE), ValueError, ["noise", "(5, 5)", "(2, 2)"]),
     (lambda: rust.make_projector(C, "flat", 0.4, noise=C, scalar=True), ValueError, ["noise", "scalar"]),
-    (lambda: rust.make_projector(C, "flat", 0.4, noise=NAN * C), ArithmeticError, ["noise"]),
     (lambda: rust.make_projector(matrix([1, 2], [0, 1]), "flat", 0.4), ValueError, ["covariance", "transpose"]),
     (lambda: flat_from_rows(G, 0.4), ValueError, ["rows", "3", "make_projector"]),
     (lambda: flat_from_rows(C, 0.4), ValueError, ["rows", "2", "make_projector"]),
@@ -856,10 +855,9 @@ ERRORS = [
     (lambda: flat_from_rows(R, 0.4, route="svd"), ValueError, ["route", "svd", "eigh", "polynomial"]),
     (lambda: rust.make_projector_from_rows(R, "flat", 0.4, noise=WIDE), ValueError, ["noise", "(5, 5)", "(2, 2)"]),
     (lambda: rust.make_projector_from_rows(None, "flat", 0.4), TypeError, ["rows", "None"]),
-    (lambda: rust.dense_projector((), 2), ValueError, ["factor"]),
-    (lambda: rust.dense_projector((C,), 3), ValueError, ["factor", "(2, 2)", "3"]),
-    (lambda: rust.dense_projector((R, C, 1.0), 2), ValueError, ["factor", "(2, 2)"]),
-    (lambda: rust.dense_projector(C, 2), TypeError, ["factor"]),
+    (lambda: rust.dense_projector(()), TypeError, ["factor"]),
+    (lambda: rust.dense_projector((R, C, 1.0)), ValueError, ["factor", "(2, 2)"]),
+    (lambda: rust.dense_projector(C), TypeError, ["factor"]),
     (lambda: rust.orthogonal_projector_(C, R, []), ValueError, ["alphas", "0", "1"]),
     (lambda: rust.orthogonal_projector_(C, R, [0.0]), ValueError, ["alphas", "0"]),
     (lambda: rust.orthogonal_projector_(C, R, [-0.1]), ValueError, ["alphas", "-0.1"]),
@@ -877,7 +875,7 @@ ERRORS = [
     (lambda: project([G, None], [C, C]), TypeError, ["gradients", "None"]),
     (lambda: project(G, [C] * 3), TypeError, ["gradients"]),
     (lambda: rust.project_([G], [None], [(C,)]), TypeError, ["factors"]),
-    (lambda: rust.project_([G], [R[0]], [[(torch.eye(3, dtype=F64),)]]), ValueError, ["biases[0]", "(2,)", "(3,)"]),
+    (lambda: rust.project_([G], [R[0]], [[(torch.eye(3, dtype=F64),)]]), ValueError, ["biases[0]", "(2,)", "(3, 2)"]),
     (
         lambda: rust.project_([G], [G[:, 0].float()], [[(torch.eye(3, dtype=F64),)]]),
         ValueError,
@@ -993,7 +991,7 @@ def test_the_body_at_the_perturbed_weights_keeps_its_autocast():
     weight, gradient, before = torch.ones(2, 2), torch.ones(2, 2), torch.zeros(2, 2)
     seen = []
 
-    def body():
+    def body(_):
         seen.append(((weight @ weight).dtype, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
 
     with torch.autocast("cpu", BF16):
@@ -1045,7 +1043,7 @@ def test_a_decomposition_that_does_not_converge_is_an_arithmetic_error_and_any_o
 def test_rows_of_rank_five_have_five_positive_singular_values(device, source):
     rows = torch.randn(20, 5, dtype=F64) @ torch.randn(5, 64, dtype=F64)
     _, lambdas = flat_from_rows(rows.to(source).to(device), 0.4, dtype="float32")
-    assert lambdas.dtype == F64
+    assert lambdas.dtype == source
     assert (lambdas[:5] > 0).all()
     assert (lambdas[5:] == 0).all()
     expected = torch.linalg.eigvalsh(rows @ rows.T).flip(0)[:5]
