@@ -143,7 +143,9 @@ def test_two_call_form_and_replay_perturb_alike(options):
     assert same(gradients[0], gradients[2])
 
 
-@pytest.mark.parametrize("options", [{"p": math.inf}, {"adaptive": True}, {"rho": {"audio": 0.05, "video": 0.1}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"p": math.inf}, {"adaptive": True}, {"rho": {"audio": 0.05, "video": 0.1}}], ids=str
+)
 def test_groups_with_their_own_rho(options):
     torch.manual_seed(0)
     model = OwnHeads().double()
@@ -230,7 +232,12 @@ def test_a_skipped_step_does_not_count():
 
     told = []
     with opt.turn("audio"):
-        for closure in (broken, closure_for(opt, model, "audio", data[0]), broken, closure_for(opt, model, "audio", data[1])):
+        for closure in (
+            broken,
+            closure_for(opt, model, "audio", data[0]),
+            broken,
+            closure_for(opt, model, "audio", data[1]),
+        ):
             opt.step(closure)
             told.append((opt.last_stats["skipped"], opt.last_stats["second_pass"]))
     assert told == [(True, None), (False, "taken"), (True, "every"), (False, "every")]
@@ -636,7 +643,9 @@ def test_an_interrupt_at_any_line_leaves_everything():
         assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm1d)), where
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
 def test_copies_listen_at_their_own_encoders(how):
     model, opt = noisy(sam_scope="head")
     data = batches(TWO, 2)["audio"]

@@ -7,6 +7,8 @@ import reference as paper
 import torch
 from models import LAYERS, OfLayers, OwnHeads, Pair, SharedHead, distance
 
+from igm_rs._projection import noise
+
 BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "sgd+momentum+wd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
@@ -102,7 +104,6 @@ OPTIONS = [
     {"sam_every": 2},
     {"sam_every": 3, "adaptive": True},
     {"skip_inert": True},
-    {"skip_inert": True, "rho": 1e-30},
     {"route": "polynomial"},
     {"route": "gram"},
 ]
@@ -171,6 +172,50 @@ def test_layers_of_every_kind_equal_reference(kind, options):
 @pytest.mark.parametrize("kind", ["conv2d", "self-attention", "weight norm"])
 def test_layers_of_every_kind_equal_reference_float32(kind):
     agree(Pair(OfLayers(kind), BASES["sgd+momentum+wd"], dtype=torch.float32, tau=1.5, augment_bias=True))
+
+
+def test_second_passes_that_cannot_differ_are_skipped_and_equal_reference():
+    pair = Pair(OwnHeads(THREE), BASES["sgd+momentum+wd"], THREE, skip_inert=True, rho=1e-30, tau=1.5)
+    with pytest.warns(UserWarning, match="rho = 1e-30 is below the resolution"):
+        agree(pair, rounds=2)
+    assert pair.opt.inert_steps == len(pair.oracle.losses) == 24
+    assert pair.opt.last_stats["second_pass"] == "unchanged"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"projector": "ridge", "alpha": 3.0, "sources": "others"},
+        {"projector": "null_space", "features": "samples"},
+        {"sources": "others", "combine": "sum", "features": "samples", "seed": 7},
+        {"augment_bias": True, "route": "svd"},
+    ],
+    ids=str,
+)
+def test_random_basis_equals_reference(options):
+    # The oracle is given the same numbers.
+    def given(twin):
+        names = {twin.heads[n][2 * i]: f"{n}.{i}" for n in THREE for i in range(2)}
+        extra = options.get("augment_bias", False)
+
+        def numbers(modality, layer):
+            return noise(options.get("seed", 0), modality, names[layer], layer.in_features + extra)
+
+        return {"noise": numbers}
+
+    told = {key: value for key, value in options.items() if key != "seed"}
+    pair = Pair(
+        OwnHeads(THREE),
+        BASES["sgd+momentum+wd"],
+        THREE,
+        tau=1.5,
+        control="random",
+        of_the_optimizer=lambda _: {"seed": options.get("seed", 0)},
+        of_the_oracle=given,
+        **told,
+    )
+    agree(pair)
 
 
 def whole_heads(model):
