@@ -849,7 +849,7 @@ STATES = [
         "of a newer version",
         lambda s: s.load_igm(in_a_mapping("version", 99)),
         ValueError,
-        ("igm version 99, expected at most 2", "it was saved by a newer igm-rs"),
+        ("igm version 99, expected at most 3", "it was saved by a newer igm-rs"),
     ),
     (
         "of version 'two'",

@@ -97,7 +97,7 @@ def test_b5_checkpoint_of_an_older_version_goes_on_to_the_bit(kind):
     assert opt.tau == {"audio": 1.5, "video": 1.5}
     end = drive(model, opt, batches(TWO, 20), range(saved["at"], 20))
     assert same(end["model"], saved["end"])
-    assert end["opt"]["igm"]["version"] == 2
+    assert end["opt"]["igm"]["version"] == 3
 
 
 # --- B6 -------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def gradient_norm(gradients: list[torch.Tensor], weights: list[torch.Tensor] | N
 def judge(core: Core, figures: dict[str, Any]) -> None:
     """Warn once where the dtype swallows most of the perturbation."""
     warned = core.warned
-    if "perturbation" in warned or figures.get("perturbation") is None:
+    if "perturbation" in warned or figures.get("perturbation") is None or figures["rho"] == 0:
         return
     length, moved = effective_perturbation(figures)
     if figures["perturbation"].device.type != "cpu":

@@ -186,7 +186,7 @@ class Stepper:
         figures["second_pass"] = (
             "off" if not sam else "every" if not due else "no closure" if second is None else "taken"
         )
-        if waits_for_nothing(core, params):
+        if capturing(params) or waits_for_nothing(core, params):
             self._on_device(active, figures, params, gradients, rhos, pass_two)
         elif not (_usable(figures["grad_norm"]) if sam or core.projects(active) else _finite(figures["grad_norm"])):
             if pass_two is not None:
