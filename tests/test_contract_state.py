@@ -82,7 +82,7 @@ def test_b5_the_bare_base_loads_ours(base):
 
 
 @pytest.mark.parametrize("kind", ["flat", "orthogonal"])
-def test_b5_checkpoint_of_an_older_version_goes_on_to_the_bit(kind):
+def test_b5_checkpoint_of_an_older_version_goes_on(kind):
     """Files that version 1 of the state wrote, in the middle of a turn, with the weights that its run ended with."""
     saved = torch.load(CHECKPOINTS / f"{kind}-version-1.pt", weights_only=True)
     assert saved["checkpoint"]["opt"]["igm"]["version"] == 1
@@ -96,7 +96,8 @@ def test_b5_checkpoint_of_an_older_version_goes_on_to_the_bit(kind):
     opt.load_state_dict(saved["checkpoint"]["opt"])
     assert opt.tau == {"audio": 1.5, "video": 1.5}
     end = drive(model, opt, batches(TWO, 20), range(saved["at"], 20))
-    assert same(end["model"], saved["end"])
+    for key, value in end["model"].items():  # since version 3 ε is rounded before it is added
+        torch.testing.assert_close(value, saved["end"][key], rtol=0, atol=1e-12)
     assert end["opt"]["igm"]["version"] == 3
 
 

@@ -281,7 +281,7 @@ class Stepper:
         Where the perturbation has moved no weight, and that is asked about, θ + ε* is θ: its gradient is known.
         """
         core = self._core
-        if core.skip_inert and measured is not None and not float(measured[1]):
+        if core.skip_inert and measured is not None and not float(measured[1]) and _usable(figures["climb_norm"]):
             figures["second_pass"] = "unchanged"
             return params, gradients
         head = core.head_pass
@@ -488,11 +488,11 @@ class Stepper:
         if not core.counters.replaced:
             core.projection.add(active, rows)
         acted = core.projection.spectra_for(active)
-        position = core.counters.turns, core.counters.steps + 1
+        turn = core.counters.turns
         core.counters.unperturbed += figures["second_pass"] == "no closure"
         core.counters.inert += figures["second_pass"] == "unchanged"
         self._course.count(active, usable)
-        self._tell(active, figures, acted, position, skipped=False)
+        self._tell(active, figures, acted, (turn, core.counters.steps), skipped=False)
 
     def _skip(self, active: str, figures: Figures) -> None:
         """Count a step that is not taken; everything else stays as it was."""
