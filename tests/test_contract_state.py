@@ -101,6 +101,28 @@ def test_b5_checkpoint_of_an_older_version_goes_on(kind):
     assert end["opt"]["igm"]["version"] == 3
 
 
+def test_b5_checkpoint_without_the_counters_of_cheaper_sam():
+    """Version 2 did not count what sam_every and skip_inert need; they begin at 0, and everything else goes on."""
+    torch.manual_seed(0)
+    model = OwnHeads()
+    opt = IGMOptimizer(BASES["sgd"](model.parameters()), **model.options(), sam_every=2)
+    batch = batches(TWO, 1, torch.float32)["audio"][0]
+    for _ in range(3):
+        opt.step(closure_for(opt, model, "audio", batch))
+    older = copy.deepcopy(opt.state_dict())
+    older["igm"]["version"] = 2
+    for key in ("taken", "inert"):
+        del older["igm"]["counters"][key]
+    opt.load_state_dict(older)
+    counters = opt.state_dict()["igm"]["counters"]
+    assert (counters["steps"], counters["taken"], counters["inert"]) == (3, dict.fromkeys(TWO, 0), 0)
+    opt.step(closure_for(opt, model, "audio", batch))
+    assert opt.last_stats["second_pass"] == "taken"
+    older["igm"]["version"] = 3
+    with pytest.raises(ValueError, match="is missing"):
+        opt.load_state_dict(older)
+
+
 # --- B6 -------------------------------------------------------------------------------------------------------------
 
 

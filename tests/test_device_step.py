@@ -39,7 +39,6 @@ every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.fixture
 def device(monkeypatch):
     """A switch: whether a step is taken as on a device, without a look at what it computes."""
-
     usual = _igm_rs.at_perturbed
 
     def at_perturbed(params, gradients, before, norm, *rest, **more):

@@ -51,7 +51,7 @@ def climb_of(
                 f"sam_scope='head': no parameter of the head of {active!r} has a gradient, expected a loss that "
                 "depends on the head"
             )
-        params, gradients, rhos = ([several[i] for i in chosen] for several in (params, gradients, rhos))
+        params, gradients, rhos = [params[i] for i in chosen], [gradients[i] for i in chosen], [rhos[i] for i in chosen]
     norm = figures["grad_norm"]
     if core.adaptive:
         norm = gradient_norm(gradients, params)
@@ -65,10 +65,13 @@ def climb_of(
         if len(different) == 1:
             figures["asked"] = core.p, [(different[0], norm)]
         elif core.p == 2:
-            figures["asked"] = core.p, [
-                (rho, gradient_norm([g for g, own in zip(gradients, rhos, strict=True) if own == rho]))
-                for rho in different
-            ]
+            figures["asked"] = (
+                core.p,
+                [
+                    (rho, gradient_norm([g for g, own in zip(gradients, rhos, strict=True) if own == rho]))
+                    for rho in different
+                ],
+            )
     return Climb(params, gradients, rhos, norm)
 
 

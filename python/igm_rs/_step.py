@@ -381,9 +381,7 @@ class Stepper:
                     self._room(climb.params, own=recorded),
                     climb.norm,
                     climb.rhos,
-                    lambda measured: found.extend(
-                        self._pass_two(active, second, figures, params, gradients, measured)
-                    ),
+                    lambda measured: found.extend(self._pass_two(active, second, figures, params, gradients, measured)),
                     not recorded and self._measures(active, climb.norm),
                     p=core.p,
                     adaptive=core.adaptive,
@@ -414,6 +412,8 @@ class Stepper:
             raise
         if figures.get("perturbation") is not None:
             core.unjudged = figures
+        if not (recorded or core.counters.since[active]):  # T was made, which has waited
+            self._course.judge()
 
     def _room(self, params: list[torch.Tensor], *, own: bool) -> list[torch.Tensor]:
         """Memory for weights, kept from step to step; or `own`, of a CUDA graph alone."""
