@@ -4,12 +4,17 @@ mod adam;
 mod aten;
 mod covariance;
 mod error;
+mod filters;
 mod modify;
+mod polynomial;
 mod projector;
 mod python;
+mod recursion;
 mod sam;
 mod schedule;
 mod sgd;
+mod spectrum;
+mod unfold;
 
 use pyo3::prelude::*;
 
@@ -22,17 +27,18 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_VERSION", env!("IGM_TORCH_VERSION"))?;
     module.add("DEBUG", cfg!(debug_assertions))?;
-    // Eq. (2): covariance.rs
+    // Eq. (2): covariance.rs, unfold.rs
     module.add_function(wrap_pyfunction!(python::covariance::batch_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(python::covariance::conv_rows, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::append_rows_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::accumulate_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::add_rows_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::centre_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::decay_, module)?)?;
-    // Eqs. (3)–(5), (9): projector.rs
-    module.add_function(wrap_pyfunction!(python::projector::flat_projector, module)?)?;
+    // Eqs. (3)–(5), (9): spectrum.rs, filters.rs, projector.rs, recursion.rs, modify.rs
+    module.add_function(wrap_pyfunction!(python::projector::make_projector, module)?)?;
     module.add_function(wrap_pyfunction!(
-        python::projector::flat_projector_from_rows,
+        python::projector::make_projector_from_rows,
         module
     )?)?;
     module.add_function(wrap_pyfunction!(
@@ -44,7 +50,10 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
         python::projector::project_update_,
         module
     )?)?;
-    module.add_function(wrap_pyfunction!(python::projector::multiply, module)?)?;
+    module.add_function(wrap_pyfunction!(
+        python::projector::dense_projector,
+        module
+    )?)?;
     module.add_function(wrap_pyfunction!(
         python::projector::singular_values,
         module

@@ -208,7 +208,7 @@ class Core:
 
     def tau_of(self, layer: Layer, modality: str) -> float:
         """Return τ for T of `layer`, made from `modality`'s features."""
-        group = self.modalities.group_of(layer.module.weight, modality)
+        group = self.modalities.group_of(layer.weight, modality)
         return float(self.tau[modality] if group is None else group.get("tau", self.tau[modality]))
 
     def buffers(self, params: list[torch.Tensor]) -> list[torch.Tensor]:

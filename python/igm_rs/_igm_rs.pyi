@@ -18,6 +18,7 @@ __all__ = [
     "at_perturbed",
     "batch_rows",
     "centre_",
+    "conv_rows",
     "decay_",
     "flat_projector",
     "flat_projector_from_rows",
@@ -42,8 +43,21 @@ TORCH_VERSION: Final[str]
 DEBUG: Final[bool]
 
 # Eq. (2): src/covariance.rs
-def batch_rows(features: torch.Tensor, reduce: str) -> torch.Tensor:
+def batch_rows(features: torch.Tensor, reduce: str, augment: bool = False) -> torch.Tensor:
     """Make the rows by which a batch enters the covariance: its mean over the batch, or every sample."""
+
+def conv_rows(
+    features: torch.Tensor,
+    reduce: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    mode: str,
+    groups: int = 1,
+    augment: bool = False,
+) -> torch.Tensor:
+    """Make the rows by which a convolution's batch enters the covariance: the patches that its kernel sees."""
 
 def append_rows_(buffer: torch.Tensor, used: int, rows: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Copy the finite rows into a buffer, behind those that it holds; `buffer` is changed."""

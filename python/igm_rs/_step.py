@@ -442,7 +442,7 @@ class Stepper:
         return [
             (layer, projector, gradient)
             for layer, projector in zip(*self._core.projection.for_step(active), strict=True)
-            if (gradient := layer.module.weight.grad) is not None
+            if (gradient := layer.weight.grad) is not None
         ]
 
     def _clip(self, active: str, figures: Figures) -> None:
@@ -473,7 +473,7 @@ class Stepper:
         projected = self._projected(active)
         if projected:
             kept = self._core.before if weights_before is None else weights_before
-            weights: list[torch.Tensor] = [layer.module.weight for layer, _, _ in projected]
+            weights: list[torch.Tensor] = [layer.weight for layer, _, _ in projected]
             before = [kept[weight] for weight in weights]
             figures["projected"] = _igm_rs.project_update_(weights, before, [T for _, T, _ in projected])
 

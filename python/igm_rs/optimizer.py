@@ -244,7 +244,7 @@ class IGMOptimizer(torch.optim.Optimizer):
             tau=PerModality("tau", tau, names),
             projection=Projection(layers, by_name, options),
             tap=FeatureTap(
-                {id(layer.module): layer for mine in layers.values() for layer in mine}.values(),
+                {id(layer): layer for mine in layers.values() for layer in mine}.values(),
                 "mean" if features == "mean" else "samples",
             ),
             statistics=Statistics(roots),
@@ -763,7 +763,7 @@ def _check_scaler(scaler: Any) -> None:
 def _check_held(modalities: Modalities, layers: Mapping[str, list[Layer]]) -> None:
     for name, mine in layers.items():
         for layer in mine:
-            if modalities.group_of(layer.module.weight, name) is None:
+            if modalities.group_of(layer.weight, name) is None:
                 raise ValueError(
                     f"the weight of projected layer {layer} of {name!r} is not held by the base optimizer, or "
                     "belongs to another modality alone; expected it in param_groups and in that modality or in none"
