@@ -753,6 +753,15 @@ where
     Ok(results)
 }
 
+/// Runs over `n` pieces of work on torch's threads, where each piece counts as a chunk; returns their results in order.
+pub fn for_pieces<T, F>(n: usize, body: F) -> Result<Vec<T>>
+where
+    T: Clone + Default + Send,
+    F: Fn(&mut T, usize) + Sync,
+{
+    for_chunks(&vec![CHUNK; n], |slot, span| body(slot, span.tensor))
+}
+
 /// Does torch fuse multiplication and addition here? Then we must, too, to get its bits.
 fn fuses_multiply_add() -> bool {
     static FUSES: OnceLock<bool> = OnceLock::new();

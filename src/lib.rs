@@ -6,6 +6,7 @@ mod covariance;
 mod error;
 mod filters;
 mod modify;
+mod passes;
 mod polynomial;
 mod projector;
 mod python;

@@ -3,7 +3,8 @@
 use tch::{Kind, Tensor};
 
 use crate::aten::Info;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::passes::combine_;
 
 /// Sizes from which on a symmetric product is made from its lower half.
 const HALVED: i64 = 256;
@@ -131,36 +132,51 @@ impl Polynomial {
     }
 
     /// p(X) for a symmetric d×d X whose eigenvalues lie between the bounds. Horner's rule in the highest power that is kept.
-    pub fn apply(&self, x: &Tensor, d: i64, kind: Kind, info: &Info) -> Result<Tensor> {
-        let t = x.f_detach_copy()?;
-        let _in_place = t.f_diagonal(0, 0, 1)?.f_sub_scalar_(self.centre)?;
-        let mut powers = vec![if self.half == 0.0 {
-            t
-        } else {
-            t.f_div_scalar(self.half)?
-        }];
-        for k in 1..self.powers {
+    ///
+    /// X is used up. The powers are those of X − centre, with half^−k in the coefficients.
+    pub fn apply(&self, x: Tensor, d: i64, kind: Kind, info: &Info) -> Result<Tensor> {
+        let _in_place = x.f_diagonal(0, 0, 1)?.f_sub_scalar_(self.centre)?;
+        let unit = if self.half == 0.0 { 1.0 } else { self.half };
+        let coefficients: Vec<f64> = self
+            .coefficients
+            .iter()
+            .scan(1.0, |power, c| {
+                let scaled = c / *power;
+                *power *= unit;
+                Some(scaled)
+            })
+            .collect();
+        let q = self.powers;
+        let mut powers = vec![x];
+        for k in 1..q {
             let next = symmetric_product(&powers[k - 1], &powers[0], d, kind, info)?;
             powers.push(next);
         }
-        let block = |coefficients: &[f64]| -> Result<Tensor> {
-            let mut sum = powers[0].f_mul_scalar(coefficients.get(1).copied().unwrap_or(0.0))?;
-            for (power, &c) in powers.iter().skip(1).zip(coefficients.iter().skip(2)) {
-                let _in_place = sum.f_add_(&power.f_mul_scalar(c)?)?;
-            }
-            let _in_place = sum.f_diagonal(0, 0, 1)?.f_add_scalar_(coefficients[0])?;
-            Ok(sum)
+        let mut begin = coefficients.len() - 1 - q;
+        let top = &coefficients[begin..];
+        // the highest power is the sum's own memory where it is not needed any more
+        let mut sum = if begin == 0 {
+            powers
+                .pop()
+                .ok_or_else(|| Error::value("degree", 0, "a polynomial"))?
+        } else {
+            powers[q - 1].f_detach_copy()?
         };
-        let q = self.powers;
-        let mut begin = self.coefficients.len() - 1 - q;
-        let mut sum = block(&self.coefficients[begin..])?;
+        combine_(&sum, top[q], &terms(&top[..q], &powers), top[0])?;
         while begin > 0 {
             begin -= q;
-            let product = symmetric_product(&sum, &powers[q - 1], d, kind, info)?;
-            sum = block(&self.coefficients[begin..begin + q])?.f_add_(&product)?;
+            sum = symmetric_product(&sum, &powers[q - 1], d, kind, info)?;
+            let block = &coefficients[begin..begin + q];
+            combine_(&sum, 1.0, &terms(block, &powers), block[0])?;
         }
         Ok(sum)
     }
+}
+
+/// The coefficients of a block beside their powers, without the constant.
+fn terms<'a>(block: &[f64], powers: &'a [Tensor]) -> Vec<(f64, &'a Tensor)> {
+    let named = block.iter().skip(1).zip(powers);
+    named.map(|(&c, power)| (c, power)).collect()
 }
 
 /// How many products a degree takes with so many powers.

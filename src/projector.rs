@@ -5,10 +5,11 @@ use tch::{Kind, Tensor};
 use crate::aten::{self, Info};
 use crate::error::{Error, Result};
 use crate::filters::{Filter, Scope, Taken};
+use crate::passes::{survey, without_direction, Survey};
 use crate::polynomial::{symmetric_product, Polynomial};
 use crate::spectrum::{
-    check_full_precision, check_square, check_symmetric, eigh, epsilon, extremes, lanczos, largest,
-    least, real, svd, Greatest,
+    check_finite, check_full_precision, check_square, check_symmetric, eigh, epsilon, extremes,
+    lanczos, largest, least, real, svd, Greatest,
 };
 
 /// How a spectrum is gone about.
@@ -150,11 +151,13 @@ const NORM_STEPS: i64 = 12;
 struct Deflated {
     /// θ and v; `None`: nothing is taken out.
     top: Option<Greatest>,
-    /// R, in the dtype that it is computed with.
+    /// R over `unit`, in the dtype that it is computed with.
     rest: Tensor,
+    /// θ, or 1 where nothing is taken out.
+    unit: f64,
     /// That dtype.
     kind: Kind,
-    /// Bounds of the spectrum of R.
+    /// Bounds of the spectrum of R over `unit`.
     bounds: (f64, f64),
     /// Operations that it took.
     flops: f64,
@@ -179,10 +182,8 @@ fn deflate(
         return Ok(None);
     }
     let along = top.vector.f_mul_scalar(top.value.sqrt())?;
-    let rest = wide.f_addr(&along, &along.f_neg()?)?;
-    let single = rest.f_to_dtype(Kind::Float, false, false)?;
-    let norm = single.f_norm()?.f_double_value(&[])?;
-    let apply = |v: &Tensor| Ok(single.f_mv(v)?);
+    let (mut rest, norm) = without_direction(wide, &along, top.value, (d, Kind::Float, info))?;
+    let apply = |v: &Tensor| Ok(rest.f_mv(v)?);
     let second = lanczos(
         (d, Kind::Float, info),
         NORM_STEPS,
@@ -191,14 +192,14 @@ fn deflate(
     )?;
     // Ritz values come from below; what they miss is far less than this margin, and the polynomial does not break off outside
     let bound = norm.min(1.05 * second.value + second.residual).max(0.0);
-    let precise = wanted == Kind::Double || strength * bound > SMALL_EXPONENT * top.value;
-    let (rest, kind) = if precise {
-        (rest, Kind::Double)
-    } else {
-        (single, Kind::Float)
-    };
+    let mut kind = Kind::Float;
+    if wanted == Kind::Double || strength * bound > SMALL_EXPONENT {
+        kind = Kind::Double;
+        rest = without_direction(wide, &along, top.value, (d, kind, info))?.0;
+    }
     let flops = 2.0 * size * real(top.steps + second.steps + 2);
     Ok(Some(Deflated {
+        unit: top.value,
         top: Some(top),
         rest,
         kind,
@@ -238,6 +239,7 @@ impl Deflated {
         low: f64,
         accuracy: f64,
     ) -> Result<Evaluated> {
+        let (rate, low) = (rate * self.unit, low / self.unit);
         let f = |x: f64, rate: f64| (-rate * (x - low)).exp();
         let mut halvings = 0;
         let polynomial = loop {
@@ -251,14 +253,14 @@ impl Deflated {
                 None => halvings += 1,
             }
         };
-        let mut value = polynomial.apply(&self.rest, d, self.kind, info)?;
+        let mut value = polynomial.apply(self.rest.shallow_clone(), d, self.kind, info)?;
         for _ in 0..halvings {
             value = symmetric_product(&value, &value, d, self.kind, info)?;
         }
         let gone = self
             .top
             .as_ref()
-            .map_or(0.0, |top| f(0.0, rate) - f(top.value, rate));
+            .map_or(0.0, |_| f(0.0, rate) - f(1.0, rate));
         Ok(Evaluated {
             value: self.settle(value, gone)?,
             error: polynomial.error * 2.0_f64.powi(halvings),
@@ -266,14 +268,15 @@ impl Deflated {
         })
     }
 
-    /// `λ_max φ(K)` with `φ(λ) = (1 − exp(−τλ/λ_max))/λ`; halved s times, then `φ₂ₐ = φₐ (1 + exp(−aλ))`.
+    /// `λ_max φ(K)` with `φ(λ) = (1 − exp(−τλ/λ_max))/λ`; halved s times, then `φ₂ₐ = φₐ (1 + exp(−aλ))`. R is used up.
     fn per_eigenvalue(
-        &self,
+        self,
         (d, info): (i64, &Info),
         tau: f64,
         high: f64,
         accuracy: f64,
     ) -> Result<Evaluated> {
+        let high = high / self.unit;
         let exponential = |x: f64, rate: f64| (-rate * x / high).exp();
         let phi = |x: f64, rate: f64| {
             let z = rate * x / high;
@@ -295,10 +298,13 @@ impl Deflated {
             halvings += 1;
         };
         let mut products = first.products;
-        let mut value = first.apply(&self.rest, d, self.kind, info)?;
-        if halvings > 0 {
+        let again = (halvings > 0)
+            .then(|| self.rest.f_detach_copy())
+            .transpose()?;
+        let mut value = first.apply(self.rest.shallow_clone(), d, self.kind, info)?;
+        if let Some(again) = again {
             products += second.products;
-            let mut factor = second.apply(&self.rest, d, self.kind, info)?;
+            let mut factor = second.apply(again, d, self.kind, info)?;
             for left in (0..halvings).rev() {
                 let more = symmetric_product(&value, &factor, d, self.kind, info)?;
                 value = value.f_add_(&more)?;
@@ -312,7 +318,7 @@ impl Deflated {
         let gone = self
             .top
             .as_ref()
-            .map_or(0.0, |top| phi(0.0, tau) - phi(top.value, tau));
+            .map_or(0.0, |_| phi(0.0, tau) - phi(1.0, tau));
         Ok(Evaluated {
             value: self.settle(value, gone)?,
             error: first.error * 2.0_f64.powi(halvings),
@@ -461,14 +467,14 @@ impl Job<'_> {
             Some(split) => {
                 let high = split.top.as_ref().map_or(0.0, |top| top.value);
                 let needed = accuracy * high / tau.max(1.0);
-                least(&wide, d, info, needed)?.map(|low| (split, low, high))
+                least(&wide, (d, wanted, info), needed)?.map(|low| (split, low, high))
             }
             None => None,
         };
         let worthwhile = known
             .as_ref()
             .map_or(tau <= SMALL_EXPONENT, |(split, _, high)| {
-                tau * split.bounds.1 <= SMALL_EXPONENT * high
+                tau * split.bounds.1 * split.unit <= SMALL_EXPONENT * high
             });
         if !forced && !worthwhile {
             return Ok(None);
@@ -483,7 +489,8 @@ impl Job<'_> {
             let kind = if single { Kind::Float } else { Kind::Double };
             let split = Deflated {
                 top: None,
-                rest: wide.f_to_dtype(kind, false, false)?,
+                unit: 1.0,
+                rest: wide.f_to_dtype(kind, false, true)?,
                 kind,
                 bounds: (low, high),
                 flops: 0.0,
@@ -501,9 +508,10 @@ impl Job<'_> {
             return Ok(Some((self.identity()?, values, report)));
         }
         let rate = tau / spread;
+        let exponent = rate * split.bounds.1 * split.unit;
+        let reach = exponent * epsilon(split.kind) * (2.0 + 0.5 * real(d).sqrt());
         let found = split.exponential((d, info), rate, low, accuracy)?;
         flops += found.products * real(d).powi(3);
-        let reach = rate * split.bounds.1 * epsilon(split.kind) * (2.0 + 0.5 * real(d).sqrt());
         let bound = found.error + reach + 2.0 * accuracy + rounding(d, wanted);
         let t = found.value.f_to_dtype(wanted, false, false)?;
         Ok(Some((
@@ -584,18 +592,22 @@ pub fn from_covariance(covariance: &Tensor, wish: &Wish<'_>) -> Result<Made> {
         kind,
         wanted: wish.dtype.unwrap_or(kind),
     };
-    let scale = largest("covariance", covariance)?;
-    let scaled = if scale == 0.0 {
-        covariance.f_detach_copy()?
+    let Survey { largest, skew } = survey(covariance, &info)?;
+    check_finite("covariance", largest)?;
+    check_symmetric(skew, largest, kind)?;
+    // overflow and underflow are far away from ordinary numbers, which stay as they are
+    let ordinary = largest == 0.0 || (1e-6..=1e6).contains(&largest);
+    let scale = if ordinary { 1.0 } else { largest };
+    let scaled = if ordinary {
+        covariance.shallow_clone()
     } else {
         covariance.f_div_scalar(scale)?
     };
-    check_symmetric(&scaled, kind)?;
     if grouped {
         return of_groups(&job, &scaled, scale);
     }
     let trace = scaled.f_trace()?.f_double_value(&[])? * scale;
-    if scale > 0.0 {
+    if largest > 0.0 {
         if let Filter::Flat(tau) = wish.filter {
             let large = job.wanted == Kind::Float && d >= LARGE && wish.route == Route::Auto;
             let plain = matches!(wish.control, Control::None);
@@ -843,10 +855,9 @@ fn gram_by_polynomial(
     let accuracy = tolerance(job.wanted);
     let wide = gram.f_to_dtype(Kind::Double, false, false)?;
     let split = deflate(&wide, (r, job.wanted, job.info), tau, accuracy)?;
-    let worthwhile = split.as_ref().is_some_and(|split| {
-        let high = split.top.as_ref().map_or(0.0, |top| top.value);
-        tau * split.bounds.1 <= SMALL_EXPONENT * high
-    });
+    let worthwhile = split
+        .as_ref()
+        .is_some_and(|split| tau * split.bounds.1 <= SMALL_EXPONENT);
     if !forced && !worthwhile {
         return Ok(None);
     }
@@ -857,6 +868,7 @@ fn gram_by_polynomial(
         let (low, high) = extremes(&wide, r, job.wanted)?;
         let split = Deflated {
             top: None,
+            unit: 1.0,
             rest: wide,
             kind: Kind::Double,
             bounds: (low, high),

@@ -41,15 +41,10 @@ pub fn real(size: i64) -> f64 {
     size as f64
 }
 
-/// max |x|; an error if anything is not finite, in either triangle.
-pub fn largest(argument: &str, tensor: &Tensor) -> Result<f64> {
-    let (low, high) = tensor.f_aminmax(None, false)?;
-    let largest = low
-        .f_double_value(&[])?
-        .abs()
-        .max(high.f_double_value(&[])?.abs());
-    if largest.is_finite() && !low.f_double_value(&[])?.is_nan() {
-        return Ok(largest);
+/// An error if the greatest entry of a matrix is not finite.
+pub fn check_finite(argument: &str, largest: f64) -> Result<()> {
+    if largest.is_finite() {
+        return Ok(());
     }
     Err(Error::arithmetic(
         argument,
@@ -58,18 +53,30 @@ pub fn largest(argument: &str, tensor: &Tensor) -> Result<f64> {
     ))
 }
 
+/// max |x|; an error if anything is not finite.
+pub fn largest(argument: &str, tensor: &Tensor) -> Result<f64> {
+    let (low, high) = tensor.f_aminmax(None, false)?;
+    let (low, high) = (low.f_double_value(&[])?, high.f_double_value(&[])?);
+    let largest = if low.is_nan() {
+        low
+    } else {
+        low.abs().max(high.abs())
+    };
+    check_finite(argument, largest)?;
+    Ok(largest)
+}
+
 /// `eigh` looks at one triangle only, so the other one must say the same, up to rounding.
-pub fn check_symmetric(scaled: &Tensor, kind: Kind) -> Result<()> {
-    let (low, high) = scaled
-        .f_sub(&scaled.f_transpose(-2, -1)?)?
-        .f_aminmax(None, false)?;
-    let skew = high.f_double_value(&[])?.max(-low.f_double_value(&[])?);
-    if skew <= epsilon(kind).sqrt() {
+pub fn check_symmetric(skew: f64, largest: f64, kind: Kind) -> Result<()> {
+    if skew <= epsilon(kind).sqrt() * largest {
         return Ok(());
     }
     Err(Error::value(
         "covariance",
-        format_args!("a matrix that differs from its transpose by {skew:.1e} of its largest entry"),
+        format_args!(
+            "a matrix that differs from its transpose by {:.1e} of its largest entry",
+            skew / largest
+        ),
         "a symmetric matrix",
     ))
 }
@@ -262,13 +269,29 @@ pub fn lanczos(
     Err(Error::value("most", most, "at least one step"))
 }
 
-/// λ_min of a positive semi-definite float64 matrix by the inverse, from its Cholesky factor, to within `tolerance`.
+/// λ_min of a positive semi-definite float64 matrix by its inverse, from a Cholesky factor, to within `tolerance`.
 ///
-/// A matrix that has no such factor has λ_min = 0 but for rounding. `None`: not found within the steps.
-pub fn least(matrix: &Tensor, d: i64, info: &Info, tolerance: f64) -> Result<Option<f64>> {
-    let (factor, failed) = matrix.f_linalg_cholesky_ex(false, false)?;
+/// For a T in float32 the factor is float32, if there is one: its rounding is that of single entries, far below ε·λ_max. A matrix that has no
+/// factor in float64 has λ_min = 0 but for rounding. `None`: not found within the steps.
+pub fn least(
+    matrix: &Tensor,
+    (d, wanted, info): (i64, Kind, &Info),
+    tolerance: f64,
+) -> Result<Option<f64>> {
+    let mut kind = wanted;
+    let (mut factor, failed) = matrix
+        .f_to_dtype(kind, false, false)?
+        .f_linalg_cholesky_ex(false, false)?;
     if failed.f_int64_value(&[])? != 0 {
-        return Ok(Some(0.0));
+        if kind == Kind::Double {
+            return Ok(Some(0.0));
+        }
+        kind = Kind::Double;
+        let (precise, failed) = matrix.f_linalg_cholesky_ex(false, false)?;
+        if failed.f_int64_value(&[])? != 0 {
+            return Ok(Some(0.0));
+        }
+        factor = precise;
     }
     let solve = |x: &Tensor| -> Result<Tensor> {
         let y = x.f_unsqueeze(1)?.f_cholesky_solve(&factor, false)?;
@@ -276,7 +299,7 @@ pub fn least(matrix: &Tensor, d: i64, info: &Info, tolerance: f64) -> Result<Opt
     };
     // of A⁻¹ the greatest is μ = 1/λ_min; an error e of μ is one of e/μ² of λ_min
     let near = |value: f64, error: f64| value > 0.0 && error / (value * value) <= tolerance;
-    let found = lanczos((d, Kind::Double, info), 24, solve, |value, _, error| {
+    let found = lanczos((d, kind, info), 24, solve, |value, _, error| {
         near(value, error)
     })?;
     Ok(near(found.value, found.error).then(|| 1.0 / found.value))

@@ -468,6 +468,15 @@ OPTIONS = [
         ({"normalise": 1}, TypeError, ["normalise is 1", "True or False"]),
         ({"preserve_rng": 1}, TypeError, ["preserve_rng is 1 (int)", "True or False"]),
         ({"atomic": "no"}, TypeError, ["atomic is 'no' (str)", "True or False"]),
+        ({"p": 1}, ValueError, ["p is 1", "2.0 or math.inf"]),
+        ({"p": math.nan}, ValueError, ["p is nan", "2.0 or math.inf"]),
+        ({"p": "inf"}, TypeError, ["p is 'inf' (str)", "a number"]),
+        ({"adaptive": 1}, TypeError, ["adaptive is 1 (int)", "True or False"]),
+        ({"sam_every": 0}, ValueError, ["sam_every is 0", "integer >= 1"]),
+        ({"sam_every": 2.0}, TypeError, ["sam_every is 2.0 (float)", "integer >= 1"]),
+        ({"sam_scope": "encoder"}, ValueError, ["sam_scope is 'encoder'", "'all', 'head'"]),
+        ({"sam_scope": "head", "heads": None}, ValueError, ["sam_scope is 'head' without a head", "heads= or head="]),
+        ({"skip_inert": None}, TypeError, ["skip_inert is None (NoneType)", "True or False"]),
         ({"alpha": 0.2}, ValueError, ["alpha is 0.2 with projector='flat', which has no use for it"]),
         ({"rho": {"audio": 0.1}}, ValueError, ["rho has no value for 'video'"]),
         ({"tau": {"audio": 0.1, "video": 0.1, "text": 1}}, ValueError, ["tau names 'text'", "'audio'", "'video'"]),
@@ -546,6 +555,23 @@ PARAMETERS = [
             "'video.2' (d = 6)",
             "expected equal widths d",
         ),
+    ),
+    (
+        "head within the encoder's module",
+        lambda s: s.igm(
+            modalities={n: nn.Sequential(s.model.encoders[n], s.model.heads[n]) for n in TWO}, sam_scope="head"
+        ),
+        ValueError,
+        (
+            "sam_scope is 'head', and 'audio' of modalities['audio'] (Sequential) holds the head of 'audio' and more",
+            "expected encoders and head as separate modules",
+        ),
+    ),
+    (
+        "no module beside the head's",
+        lambda s: s.igm(modalities=dict(s.model.heads), sam_scope="head"),
+        ValueError,
+        ("modalities['audio'] names no module but the head's", "expected the encoder's modules"),
     ),
     ("ambiguous pairing", ambiguous_pairing, ValueError, ("ambiguous", "'audio'", "'video'", "expected")),
     *(
@@ -850,7 +876,7 @@ STATES = [
         "of a newer version",
         lambda s: s.load_igm(in_a_mapping("version", 99)),
         ValueError,
-        ("igm version 99, expected at most 2", "it was saved by a newer igm-rs"),
+        ("igm version 99, expected at most 3", "it was saved by a newer igm-rs"),
     ),
     (
         "of version 'two'",

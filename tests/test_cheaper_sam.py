@@ -1,4 +1,4 @@
-"""Cheaper SAM, honest about what it is: sam_every, sam_scope="head", skip_inert; and the other norms, p and adaptive."""
+"""Cheaper SAM, honest about what it is: sam_every, sam_scope="head", skip_inert; other norms: p, adaptive."""
 
 import contextlib
 import copy
@@ -8,8 +8,9 @@ import itertools
 import math
 import pickle
 import weakref
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ ETA = 0.01
 
 
 class Noisy(OwnHeads):
-    """Encoders with BatchNorm and dropout, and dropout in the head; what an encoder gives may be packed in something."""
+    """Encoders with BatchNorm and dropout, and dropout in the head; what an encoder gives may be packed."""
 
     def __init__(self, names=TWO, pack=None, dropout=0.3):
         super().__init__(names)
@@ -299,7 +300,7 @@ def test_where_a_weight_moves_the_second_pass_is_taken(rho, base, scope):
             for batch in data:
                 opt.step(closure_for(opt, m, "audio", batch))
         assert opt.inert_steps == 0
-        assert 0 < opt.last_stats["moved"]
+        assert opt.last_stats["moved"] > 0
     assert unchanged(model, list(twin.parameters()))
 
 
@@ -321,7 +322,10 @@ def test_inert_with_the_head_alone_keeps_every_gradient():
 
 # --- sam_scope="head" -------------------------------------------------------------------------------------------------
 
-Packed = namedtuple("Packed", "z other")
+
+class Packed(NamedTuple):
+    z: torch.Tensor
+    other: str
 
 
 @dataclass
@@ -348,17 +352,6 @@ class Pack(nn.Module):
             "OrderedDict": lambda: OrderedDict(z=z),
             "dataclass": lambda: Record(z),
         }[self.kind]()
-
-
-def head_gradients_by_hand(model, opt, name, batch, closure=None):
-    """One step with lr 0 beside a second pass by hand on features of the first; dropout is off."""
-    twin = copy.deepcopy(model)
-    params, expected = by_hand(twin, name, batch, opt.rho[name])
-    with opt.turn(name):
-        opt.step(closure or closure_for(opt, model, name, batch))
-    mine = [*model.encoders[name].parameters(), *model.heads[name].parameters()]
-    for q, gradient in zip(mine, expected, strict=True):
-        torch.testing.assert_close(q.grad, gradient, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("none", [True, False])
@@ -459,9 +452,7 @@ def test_replay_stands_on_the_passes_that_the_trainer_made():
                 opt.step()
         results.append([q.data for q in model.parameters()])
         assert calls == ["encoder", "head", "head"] * 2
-    # the evaluation in between has drawn nothing that the second pass draws
     assert opt.last_stats["second_pass"] == "head"
-    assert len(results) == 2
 
 
 @pytest.mark.parametrize("more", ["first", "second"])
@@ -717,13 +708,14 @@ def _closure_of(opt, call, batch):
 
 def test_with_a_grad_scaler_each_gradient_is_unscaled_once():
     results = []
+    batch = batches(TWO, 1)["audio"][0]
     for scaled in (False, True):
         torch.manual_seed(0)
         model = OwnHeads().double()
         opt = IGMOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **model.options(), sam_scope="head")
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
 
-        def closure(model=model, opt=opt, scaler=scaler, batch=batches(TWO, 1)["audio"][0]):
+        def closure(model=model, opt=opt, scaler=scaler, batch=batch):
             opt.zero_grad()
             loss = cross_entropy(model("audio", batch[0]), batch[1])
             (loss if scaler is None else scaler.scale(loss)).backward()

@@ -133,3 +133,22 @@ def test_groups_with_and_without_momentum_side_by_side(monkeypatch):
     assert len(calls) == 6
     assert distance(model, twin) == 0
     assert opts[0].state_dict()["state"].keys() == opts[1].state_dict()["state"].keys()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{}, {"rho": 0.0}, {"sam_scope": "head"}, {"sam_every": 2}], ids=str)
+def test_extra_memory_is_one_copy_of_what_moves(base, options):
+    """But for the step that makes the base's state, nothing of the state is copied."""
+    model = OwnHeads()
+    opt = IGMOptimizer(base(model.parameters(), lr=0.01), **model.options(), **options)
+    data = batches(TWO, 3, torch.float32)["audio"]
+    with opt.turn("audio"):
+        opt.step(closure_for(opt, model, "audio", data[0]))
+        opt._core.before.clear()
+        opt._core.spare.clear()
+        for batch in data[1:]:
+            opt.step(closure_for(opt, model, "audio", batch))
+    kept = sum(buffer.numel() for buffer in opt._core.before.values())
+    moving = [*model.encoders["audio"].parameters(), *model.heads["audio"].parameters()]
+    assert kept <= sum(p.numel() for p in moving) * (options.get("rho") != 0.0)
+    assert not opt._core.spare

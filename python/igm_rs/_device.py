@@ -21,7 +21,7 @@ def capturing(params: list[torch.Tensor]) -> bool:
 
 def waits_for_nothing(core: Core, params: list[torch.Tensor]) -> bool:
     """Whether a step of `params` is taken without the host: on a device, where there are copies to undo it from."""
-    return capturing(params) or (core.atomic and on_device(params))
+    return core.atomic and on_device(params)
 
 
 def on_device(params: list[torch.Tensor]) -> bool:

@@ -151,9 +151,7 @@ class _Hook:
         return self._listener is None
 
 
-def head_pass_of(
-    modalities: Modalities, heads: Any, head: Any, model: nn.Module | None, *, random: bool
-) -> HeadPass:
+def head_pass_of(modalities: Modalities, heads: Any, head: Any, model: nn.Module | None, *, random: bool) -> HeadPass:
     """Return the head pass of an optimizer that was given these.
 
     Raises
@@ -240,12 +238,12 @@ def _detached(value: Any) -> Any:
     if isinstance(value, list):
         return [_detached(each) for each in value]
     if isinstance(value, dict):
-        mine = copy.copy(value)
+        mapping = copy.copy(value)
         for key, each in value.items():
-            mine[key] = _detached(each)
-        return mine
+            mapping[key] = _detached(each)
+        return mapping
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        mine = copy.copy(value)
+        mine: Any = copy.copy(value)
         for field in dataclasses.fields(value):
             object.__setattr__(mine, field.name, _detached(getattr(value, field.name)))
         return mine

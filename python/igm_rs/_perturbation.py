@@ -51,7 +51,7 @@ def climb_of(
                 f"sam_scope='head': no parameter of the head of {active!r} has a gradient, expected a loss that "
                 "depends on the head"
             )
-        params, gradients, rhos = ([several[i] for i in chosen] for several in (params, gradients, rhos))
+        params, gradients, rhos = [params[i] for i in chosen], [gradients[i] for i in chosen], [rhos[i] for i in chosen]
     norm = figures["grad_norm"]
     if core.adaptive:
         norm = gradient_norm(gradients, params)
@@ -65,10 +65,13 @@ def climb_of(
         if len(different) == 1:
             figures["asked"] = core.p, [(different[0], norm)]
         elif core.p == 2:
-            figures["asked"] = core.p, [
-                (rho, gradient_norm([g for g, own in zip(gradients, rhos, strict=True) if own == rho]))
-                for rho in different
-            ]
+            figures["asked"] = (
+                core.p,
+                [
+                    (rho, gradient_norm([g for g, own in zip(gradients, rhos, strict=True) if own == rho]))
+                    for rho in different
+                ],
+            )
     return Climb(params, gradients, rhos, norm)
 
 
@@ -89,7 +92,7 @@ def gradient_norm(gradients: list[torch.Tensor], weights: list[torch.Tensor] | N
 def judge(core: Core, figures: dict[str, Any]) -> None:
     """Warn once where the dtype swallows most of the perturbation."""
     warned = core.warned
-    if "perturbation" in warned or figures.get("perturbation") is None:
+    if "perturbation" in warned or figures.get("perturbation") is None or figures["rho"] == 0:
         return
     length, moved = effective_perturbation(figures)
     if figures["perturbation"].device.type != "cpu":

@@ -187,7 +187,7 @@ class Stepper:
         figures["second_pass"] = (
             "off" if not sam else "every" if not due else "no closure" if second is None else "taken"
         )
-        if waits_for_nothing(core, params):
+        if capturing(params) or waits_for_nothing(core, params):
             self._on_device(active, figures, params, gradients, rhos, pass_two)
         elif not (_usable(figures["grad_norm"]) if sam or core.projects(active) else _finite(figures["grad_norm"])):
             if pass_two is not None:
@@ -282,7 +282,7 @@ class Stepper:
         Where the perturbation has moved no weight, and that is asked about, θ + ε* is θ: its gradient is known.
         """
         core = self._core
-        if core.skip_inert and measured is not None and not float(measured[1]):
+        if core.skip_inert and measured is not None and not float(measured[1]) and _usable(figures["climb_norm"]):
             figures["second_pass"] = "unchanged"
             return params, gradients
         head = core.head_pass
@@ -382,9 +382,7 @@ class Stepper:
                     self._room(climb.params, own=recorded),
                     climb.norm,
                     climb.rhos,
-                    lambda measured: found.extend(
-                        self._pass_two(active, second, figures, params, gradients, measured)
-                    ),
+                    lambda measured: found.extend(self._pass_two(active, second, figures, params, gradients, measured)),
                     not recorded and self._measures(active, climb.norm),
                     p=core.p,
                     adaptive=core.adaptive,
@@ -415,6 +413,8 @@ class Stepper:
             raise
         if figures.get("perturbation") is not None:
             core.unjudged = figures
+        if not (recorded or core.counters.since[active]):  # T was made, which has waited
+            self._course.judge()
 
     def _room(self, params: list[torch.Tensor], *, own: bool) -> list[torch.Tensor]:
         """Memory for weights, kept from step to step; or `own`, of a CUDA graph alone."""
@@ -503,11 +503,11 @@ class Stepper:
         if not core.counters.replaced:
             core.projection.add(active, rows)
         acted = core.projection.told(active)
-        position = core.counters.turns, core.counters.steps + 1
+        turn = core.counters.turns
         core.counters.unperturbed += figures["second_pass"] == "no closure"
         core.counters.inert += figures["second_pass"] == "unchanged"
         self._course.count(active, usable)
-        self._tell(active, figures, acted, position, skipped=False)
+        self._tell(active, figures, acted, (turn, core.counters.steps), skipped=False)
 
     def _skip(self, active: str, figures: Figures) -> None:
         """Count a step that is not taken; everything else stays as it was."""

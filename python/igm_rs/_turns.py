@@ -17,8 +17,8 @@ class Counters:
 
     ``open`` is the modality whose turn is under way or was interrupted, ``explicit`` whether it was opened by
     ``turn()`` rather than by steps outside any turn; ``started[j]`` whether j's present Ȳ has begun; ``since[j]`` the
-    steps of j since its T was made; ``taken[j]`` the steps of j, of which SAM makes every k-th; ``inert`` the steps whose
-    perturbation moved no weight, so that they had no second pass.
+    steps of j since its T was made; ``taken[j]`` the steps of j, of which SAM makes every k-th; ``inert`` the steps
+    whose perturbation moved no weight, so that they had no second pass.
     ``pending[j]`` counts, on the device, steps of j that are counted here as taken and could not be (:meth:`settle`).
     """
 
@@ -82,8 +82,9 @@ class Counters:
 
     def copy(self) -> Counters:
         """Return the same counts, counted separately."""
-        values = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(self).items()}
-        return Counters(**values)
+        twin = Counters(self.names)
+        vars(twin).update({key: dict(value) if isinstance(value, dict) else value for key, value in vars(self).items()})
+        return twin
 
     def put_back(self, earlier: Counters) -> None:
         """Count from `earlier` on."""

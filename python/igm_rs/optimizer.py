@@ -78,8 +78,9 @@ class IGMOptimizer(torch.optim.Optimizer):
     sam_scope : {"all", "head"}
         What ε* moves. ``"head"``: the head's parameters alone, with the norm of their gradients; in the second pass the
         modules of the modality beside its head give what they gave in the first, without being called, and the
-        gradients of all but the head are those of the first pass. This is no longer SAM of the encoders. It needs `heads`
-        or `head`, encoders that are modules of `modalities`, and :meth:`step` with a closure, or :meth:`replay`.
+        gradients of all but the head are those of the first pass. This is no longer SAM of the encoders. It needs
+        `heads` or `head`, encoders that are modules of `modalities`, and :meth:`step` with a closure, or
+        :meth:`replay`.
     skip_inert : bool
         Whether the second pass is left out where the perturbation has moved no weight at all, to the bit: such a pass
         differs from the first by its random numbers at most. On CUDA the step then waits for the device; while a CUDA
@@ -152,10 +153,10 @@ class IGMOptimizer(torch.optim.Optimizer):
     With ``rho=0`` and no projection a step is the base optimizer's own, to the bit. Otherwise a step whose gradient is
     zero or not finite, in either pass, leaves everything as it was and is counted in ``last_stats["skipped_steps"]``.
 
-    On CUDA a step waits for nothing, but where it makes the base's state, ends a turn, or has several modalities with
-    gradients outside any turn. An unusable gradient is undone on the device, and counted when that is asked for or a turn
-    ends; a turn all of whose steps were unusable has ended all the same, and Adam's own count of steps, where it is kept
-    on the host, has counted them.
+    On CUDA a step waits for nothing, but where it makes the base's state, ends a turn, makes T, or finds gradients of
+    several modalities outside any turn. An unusable gradient is undone on the device, and counted when that is asked
+    for or a turn ends: until then `sam_every` counts such a step, and where Adam counts its steps on the host, that
+    count goes on.
 
     A step is taken wholly or not at all: whatever is raised in it, a KeyboardInterrupt too, weights, the base's state,
     covariances, projectors and counters are as before it, or as after it.

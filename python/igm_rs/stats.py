@@ -97,7 +97,9 @@ def step_stats(
         return sum(map(int, pending))
 
     def projected() -> dict[str, dict[str, float]]:
-        rows = figures["projected"].tolist() if names and taken() else []
+        if not (names and taken()):
+            return {}
+        rows = figures["projected"].tolist()
         return {
             name: dict(zip(("norm_before", "norm_after", "cosine"), row, strict=True))
             for name, row in zip(names, rows, strict=True)
