@@ -19,7 +19,7 @@ DATA = Path(__file__).parent.parent / "data"
 TAUS = [1e-3, 0.4, 1.0, 10.0, 100.0]
 DENSE = ["svd", "eigh", "polynomial", "auto"]
 FROM_ROWS = ["eigh", "polynomial", "auto"]
-STRENGTHS = {"flat": TAUS, "ridge": [0.1, 30.0, 1e4], "null_space": [1.0, 10.0]}
+STRENGTHS = {"flat": TAUS, "ridge": [0.1, 30.0, 1e4], "null_space": [1.0, 9.5]}
 NAMES = {F32: "float32", F64: "float64"}
 
 
