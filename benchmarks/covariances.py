@@ -60,10 +60,12 @@ def _turn(widths: list[int], limit: float, setting: Setting) -> Comparison:
         lambda: (
             f"{setting.batches} batches of {setting.batch}. While there are fewer rows than d only the rows are kept, "
             f"as T is made from them; else one product serves up to 512 batches. The peer moves {moved / 1e9:.3g} GB: "
-            "it writes each outer product, reads it again, reads and writes the sum"
+            "it writes each outer product, reads it again, reads and writes the sum. Ours reads the features and "
+            "writes their means"
         ),
         blocks=3 if max(widths) > 4000 else 4,
         warm=max(widths) < 4000,
+        needs=lambda: {"bytes": sum(setting.batches * d * (4 * setting.batch + setting.kept.itemsize) for d in widths)},
     )
 
 
@@ -79,7 +81,7 @@ def _convolutions(setting: Setting) -> Comparison:
     def positions(conv: Conv, features: torch.Tensor) -> torch.Tensor:
         module = conv.module
         unfolded = unfold(
-            features.mean(0, keepdim=True), module.kernel_size, module.dilation, module.padding, module.stride
+            features.mean(0, keepdim=True), module.kernel_size, module.dilation, conv.padding, module.stride
         )
         return unfolded[0].T
 
@@ -108,17 +110,18 @@ def _convolutions(setting: Setting) -> Comparison:
         {MATRIX: gathered, peer: theirs},
         [Ratio(MATRIX, peer, "≥")],
         lambda: (
-            f"{len(convs)} layers, {sum(conv.positions for conv in convs)} rows, {flops / 1e9:.3g} GFLOP; ours adds "
-            f"in {kept}, the peer in float32"
+            f"{len(convs)} layers, {sum(conv.positions for conv in convs)} rows; ours adds in {kept}, the peer in "
+            "float32. Ȳ is symmetric, so half of the operations would do"
         ),
         blocks=4,
+        needs=lambda: {"flops": flops},
     )
 
 
 def _rows_of(conv: Conv, features: torch.Tensor) -> torch.Tensor:
     """The rows of a batch as igm_rs makes them."""
     module = conv.module
-    padding = [(int(side), int(side)) for side in module.padding]
+    padding = [(side, side) for side in conv.padding]
     return _igm_rs.conv_rows(
         features, "mean", list(module.kernel_size), list(module.stride), padding, list(module.dilation), "zeros"
     )

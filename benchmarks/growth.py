@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,12 +32,16 @@ class Growth:
     title: str
     quantity: str
     logarithmic: bool
+    cold: float = float("inf")
+    """Points from here on run without a warm-up, as one run takes long."""
     series: dict[str, dict[float, float]] = field(default_factory=dict)
     runs: int = 0
 
     def told(self) -> dict[str, Any]:
         """Return the curve as it stands in the JSON file: for each side the points (x, ms)."""
-        return asdict(self) | {"series": {label: list(points.items()) for label, points in self.series.items()}}
+        told = asdict(self)
+        del told["cold"]
+        return told | {"series": {label: list(points.items()) for label, points in self.series.items()}}
 
 
 def growths(setting: Setting) -> Iterator[tuple[Growth, list[Point]]]:
@@ -46,7 +50,7 @@ def growths(setting: Setting) -> Iterator[tuple[Growth, list[Point]]]:
     wide = setting.width(2304)
     widths = sorted({setting.width(d) for d in (64, 128, 256, 512, 768, 1024, 1536, 2304, 3072, 4608)})
     yield (
-        Growth("d", f"T from {rows} rows", "width of the layer, d", True),
+        Growth("d", f"T from {rows} rows", "width of the layer, d", True, cold=3000),
         [(d, partial(_projector, d, rows, setting)) for d in widths],
     )
     many = sorted({setting.width(n) for n in (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4608)})
@@ -67,11 +71,10 @@ def growths(setting: Setting) -> Iterator[tuple[Growth, list[Point]]]:
 def measure(growth: Growth, points: list[Point], setting: Setting, told: Callable[[str], None]) -> dict[str, Any]:
     """Measure the points one after the other, the sides of each interleaved; `told` hears of each point."""
     fewest = []
+    setting = replace(setting, seconds=setting.seconds / 4)
     for x, build in points:
         told(f"{growth.quantity} {x:g}")
-        times = interleave(
-            build(), setting, setting.fewest(1), warm=not growth.quantity.startswith("width") or x < 3000
-        )
+        times = interleave(build(), setting, setting.fewest(1), warm=x < growth.cold)
         for label, of_side in times.items():
             growth.series.setdefault(label, {})[x] = median(of_side)
             fewest.append(len(of_side))

@@ -59,7 +59,7 @@ def _run(results: Results, file: str, plots: str) -> list[str]:
     parts = [_facts(results, file)]
     for section, title in _SECTIONS.items():
         rows = [row for row in results["rows"] if row["section"] == section]
-        parts += [f"### {title}", table(rows), "\n".join(_note(row) for row in rows)]
+        parts += [f"### {title}", table(rows), "\n".join(_note(row, results) for row in rows)]
     parts += ["### Memory, calls, import", figure_table(results["figures"])]
     parts.append("\n".join(f"- **{figure['name']}**: {figure['note']}." for figure in results["figures"]))
     if results["left_out"]:
@@ -87,13 +87,28 @@ def _facts(results: Results, file: str) -> str:
     )
 
 
-def _note(row: dict[str, Any]) -> str:
+def _note(row: dict[str, Any], results: Results) -> str:
     runs = ", ".join(f"{side['runs']} of {label}" for label, side in row["sides"].items())
     errors = ""
     if row["errors"]:
         told = ", ".join(f"{label} {error:.1e}" for label, error in row["errors"].items())
         errors = f" Greatest difference from float64: {told}."
-    return f"- **{row['name']}**: {row['note']}.{errors} Runs: {runs}."
+    return f"- **{row['name']}**: {row['note']}.{_floor(row['needs'], results)}{errors} Runs: {runs}."
+
+
+def _floor(needs: dict[str, float], results: Results) -> str:
+    """What ours needs, and how long the machine takes for it at its own speed."""
+    told = ""
+    if "bytes" in needs:
+        ms = needs["bytes"] / results["copy_gb_per_s"] / 1e6
+        told += f" Floor: {needs['bytes'] / 1e6:.0f} MB moved, {_digits(ms)} ms at the speed of a copy."
+    if "flops" in needs:
+        double, single = (needs["flops"] / results[f"{dtype}_gflops"] / 1e6 for dtype in ("float64", "float32"))
+        told += (
+            f" Floor: {needs['flops'] / 1e9:.3g} GFLOP, {_digits(double)} ms at the speed of a float64 product, "
+            f"{_digits(single)} ms of a float32 one."
+        )
+    return told
 
 
 def _time(side: dict[str, float]) -> str:

@@ -88,6 +88,7 @@ def _few(d: int, dense_limit: float, factored_limit: float | None, setting: Sett
         blocks=_blocks(d),
         warm=d < 4000,
         errors=lambda: _errors(_exact_from_rows(seen), {DENSE: dense.result[0][0], PEER: peer.result}),
+        needs=lambda: {"flops": dense.result[2]["flops"]},
     )
 
 
@@ -108,6 +109,7 @@ def _full(d: int, limit: float, setting: Setting) -> Comparison:
         blocks=_blocks(d),
         warm=d < 4000,
         errors=lambda: _errors(_exact(exact), {DENSE: dense.result[0][0], PEER: peer.result}),
+        needs=lambda: {"flops": dense.result[2]["flops"]},
     )
 
 
@@ -142,10 +144,7 @@ def _blocks(d: int) -> int:
 
 
 def _told(report: dict[str, Any], rows: str) -> str:
-    return (
-        f"{rows}; τ = {TAU}. Route of ours: {report['route']}, {report['flops'] / 1e9:.3g} GFLOP, "
-        f"error bound {report['error_bound']:.1e}"
-    )
+    return f"{rows}; τ = {TAU}. Route of ours: {report['route']}, error bound {report['error_bound']:.1e}"
 
 
 def _errors(reference: torch.Tensor, made: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -41,6 +41,8 @@ class Comparison:
     blocks: int = 15
     warm: bool = True
     errors: Callable[[], dict[str, float]] = field(default=dict)
+    needs: Callable[[], dict[str, float]] = field(default=dict)
+    """What ours cannot do without: "bytes" that it moves, "flops" that it does."""
 
     def measure(self, key: str, section: str, setting: Setting) -> dict[str, Any]:
         """Run all sides; return the row as it stands in the JSON file."""
@@ -53,6 +55,7 @@ class Comparison:
             "sides": sides,
             "ratios": [ratio.judge(sides) for ratio in self.ratios],
             "errors": self.errors(),
+            "needs": self.needs(),
             "note": self.note(),
         }
 

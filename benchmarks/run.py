@@ -47,7 +47,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where everything runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the results go")
-    parser.add_argument("--seconds", type=float, default=4.0, help="about how long each side of a row runs")
+    parser.add_argument("--seconds", type=float, default=3.0, help="about how long each side of a row runs")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures nothing")
     parser.add_argument("--only", default="", help="only rows whose key contains this; prints, writes nothing")
     return parser.parse_args()

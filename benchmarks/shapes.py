@@ -66,6 +66,12 @@ class Conv:
         """The columns of an unfolded row, C_in · kernel."""
         return self.module.weight[0].numel()
 
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zeros added at either side of height and width."""
+        height, width = map(int, self.module.padding)
+        return height, width
+
 
 def convolutions(setting: Setting) -> list[Conv]:
     """Return all 20 convolutions of a ResNet18, with the size of their inputs for a picture of 224 × 224."""

@@ -61,9 +61,9 @@ def _named(what: str, shapes: Shapes) -> str:
 def _moved(shapes: Shapes) -> str:
     n = count(shapes)
     return (
-        f"momentum and weight decay. The floor is 36 B a parameter, {36 * n / 1e6:.0f} MB: the perturbation reads θ "
-        "and g, writes θ + ε and the copy of θ (16 B); way back and step in one pass read the copy, g and the "
-        "momentum, write θ and the momentum (20 B). The norm of g before it reads 4 B more"
+        "momentum and weight decay; 36 B a parameter: the perturbation reads θ and g, writes θ + ε and the copy of θ "
+        "(16 B); way back and step in one pass read the copy, g and the momentum, write θ and the momentum (20 B). The "
+        f"norm of g before it reads 4 B more, {4 * n / 1e6:.0f} MB"
     )
 
 
@@ -74,6 +74,7 @@ def _sam(setting: Setting) -> Comparison:
         sam_sides(shapes, setting),
         [Ratio(IGM_SGD, PACKAGE, "≤", 0.4), Ratio(IGM_SGD, COPY, "≤", 1.3)],
         lambda: _moved(shapes),
+        needs=lambda: {"bytes": 36 * count(shapes)},
     )
 
 
@@ -83,6 +84,7 @@ def _large(name: str, shapes: Shapes, setting: Setting) -> Comparison:
         sam_sides(shapes, setting),
         [Ratio(IGM_SGD, PACKAGE, "≤"), Ratio(IGM_SGD, COPY, "≤")],
         lambda: _moved(shapes),
+        needs=lambda: {"bytes": 36 * count(shapes)},
         blocks=4,
     )
 
@@ -101,8 +103,10 @@ def _projection(setting: Setting) -> Comparison:
         [Ratio(IGM_SGD, peer, "≤", 1.1)],
         lambda: (
             f"one stream steps, {n / 1e6:.1f} M parameters, its head's three layers are projected and their features "
-            f"gathered; both sides run the head forward. SGD moves 20 B a parameter, {20 * n / 1e6:.0f} MB"
+            "gathered; both sides run the head forward. SGD moves 20 B a parameter: it reads θ, g and the momentum, "
+            "writes θ and the momentum"
         ),
+        needs=lambda: {"bytes": 20 * n},
     )
 
 
@@ -117,6 +121,7 @@ def _igm(setting: Setting) -> Comparison:
         {IGM_SGD: lambda: opt.step(of_mine), PACKAGE: lambda: package.step(of_theirs)},
         [Ratio(IGM_SGD, PACKAGE, "≤")],
         lambda: "Algorithm 1 with heads 512-256-64-6 beside plain SAM, which projects nothing",
+        needs=lambda: {"bytes": 36 * count([p.shape for p in mine.active.parameters()])},
     )
 
 
@@ -150,9 +155,8 @@ def _adamw(setting: Setting) -> Comparison:
         _named("AdamW step, no SAM, no projection", shapes),
         sides | {peer: lambda: base.step(of_theirs)},
         [Ratio(label, peer, "≤") for label in sides],
-        lambda: (
-            f"AdamW moves 28 B a parameter, {28 * count(shapes) / 1e6:.0f} MB: θ, g and both moments, three written"
-        ),
+        lambda: "AdamW moves 28 B a parameter: it reads θ, g and both moments, writes all but g",
+        needs=lambda: {"bytes": 28 * count(shapes)},
     )
 
 
@@ -167,7 +171,6 @@ def _sam_adamw(setting: Setting) -> Comparison:
         _named("SAM + AdamW step", shapes),
         {label: lambda: ours.step(mine), peer: lambda: package.step(theirs)},
         [Ratio(label, peer, "≤")],
-        lambda: (
-            f"the floor is 44 B a parameter, {44 * count(shapes) / 1e6:.0f} MB: 16 of the perturbation, 28 of AdamW"
-        ),
+        lambda: "44 B a parameter: 16 of the perturbation, 28 of AdamW from the copy of θ",
+        needs=lambda: {"bytes": 44 * count(shapes)},
     )
