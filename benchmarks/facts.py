@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from datetime import date
@@ -65,6 +66,8 @@ def processor() -> str:
 
 def revision() -> str:
     """Return the commit that was measured, marked when files have changed since."""
+    if shutil.which("git") is None:
+        return "unknown"
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 

@@ -89,12 +89,15 @@ def draw(curve: dict[str, Any], path: Path) -> None:
         axes = canvas.subplots()
         for (label, points), marker in zip(curve["series"].items(), "osd^v", strict=False):
             axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, label=label)
+        places = sorted({x for points in curve["series"].values() for x, _ in points})
         if curve["logarithmic"]:
             axes.set_xscale("log")
             axes.set_yscale("log")
         else:
-            axes.set_xticks(sorted({x for points in curve["series"].values() for x, _ in points}))
             axes.set_ylim(bottom=0)
+        if places[-1] < 100_000:  # short enough to be written at each point
+            axes.set_xticks(places, labels=[f"{x:g}" for x in places])
+            axes.minorticks_off()
         axes.set_xlabel(curve["quantity"])
         axes.set_ylabel("ms, median")
         axes.set_title(curve["title"])
