@@ -3,12 +3,16 @@
 mod aten;
 mod covariance;
 mod error;
+mod filters;
 mod modify;
+mod polynomial;
 mod projector;
 mod python;
+mod recursion;
 mod sam;
 mod schedule;
 mod sgd;
+mod spectrum;
 
 use pyo3::prelude::*;
 
@@ -28,10 +32,10 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(python::covariance::add_rows_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::centre_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::decay_, module)?)?;
-    // Eqs. (3)–(5), (9): projector.rs
-    module.add_function(wrap_pyfunction!(python::projector::flat_projector, module)?)?;
+    // Eqs. (3)–(5), (9): spectrum.rs, filters.rs, projector.rs, recursion.rs, modify.rs
+    module.add_function(wrap_pyfunction!(python::projector::make_projector, module)?)?;
     module.add_function(wrap_pyfunction!(
-        python::projector::flat_projector_from_rows,
+        python::projector::make_projector_from_rows,
         module
     )?)?;
     module.add_function(wrap_pyfunction!(
@@ -43,7 +47,10 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
         python::projector::project_update_,
         module
     )?)?;
-    module.add_function(wrap_pyfunction!(python::projector::multiply, module)?)?;
+    module.add_function(wrap_pyfunction!(
+        python::projector::dense_projector,
+        module
+    )?)?;
     module.add_function(wrap_pyfunction!(
         python::projector::singular_values,
         module

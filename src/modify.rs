@@ -4,61 +4,195 @@ use tch::{Kind, Tensor};
 
 use crate::aten::{self, Info, Loop, Real};
 use crate::error::{Error, Result};
-use crate::projector::{check_full_precision, check_square};
-use crate::sam::{add_products, is_double, numels, optional, BLOCK, LANES};
+use crate::projector::Factor;
+use crate::sam::{
+    add_products, check_beside, check_list, check_same_dtype, check_unshared, is_double, numels,
+    optional, BLOCK, LANES,
+};
+use crate::spectrum::check_full_precision;
 
-/// The dtype in which a gradient meets its projector: the wider of the two, at least float32.
-fn meeting_kind(gradient: &Info, projector: &Info) -> Kind {
-    if is_double(gradient) || is_double(projector) {
-        Kind::Double
-    } else {
-        Kind::Float
+/// The factors of each layer, the first one acts first: `∇W T₁ T₂ ⋯`.
+pub type Factors = Vec<Vec<Factor>>;
+
+/// A matrix (out, d) or (G, out/G, d) beside its bias (out,) or (G, out/G), whose column comes last: `[W b]`.
+fn joined(matrix: &Tensor, bias: Option<&Tensor>, kind: Kind) -> Result<Tensor> {
+    let matrix = matrix.f_to_dtype(kind, false, false)?;
+    match bias {
+        None => Ok(matrix),
+        Some(bias) => {
+            let column = bias.f_to_dtype(kind, false, false)?.f_unsqueeze(-1)?;
+            Ok(Tensor::f_cat(&[matrix, column], -1)?)
+        }
     }
 }
 
-/// Checks lists of matrices and their projectors; returns the dtype to compute each in.
-fn check_projection(
+/// The two parts of what [`joined`] has joined.
+fn parted(joined: Tensor, has_bias: bool, d: i64) -> Result<(Tensor, Option<Tensor>)> {
+    if !has_bias {
+        return Ok((joined, None));
+    }
+    let bias = joined.f_select(-1, d)?;
+    Ok((joined.f_narrow(-1, 0, d)?, Some(bias)))
+}
+
+/// `G T` for one factor, of T = c (I − Rᵀ M R) without making T.
+fn act(gradient: &Tensor, factor: &Factor, kind: Kind) -> Result<Tensor> {
+    match factor {
+        Factor::Dense(t) => Ok(gradient.f_matmul(&t.f_to_dtype(kind, false, false)?)?),
+        Factor::Factored { rows, core, scale } => {
+            let mut result = if aten::describe_one(rows)?.sizes[0] == 0 {
+                gradient.f_detach_copy()?
+            } else {
+                let rows = rows.f_to_dtype(kind, false, false)?;
+                let mut along = gradient.f_matmul(&rows.f_tr()?)?;
+                if let Some(core) = core {
+                    along = along.f_matmul(&core.f_to_dtype(kind, false, false)?)?;
+                }
+                gradient.f_sub(&along.f_matmul(&rows)?)?
+            };
+            if *scale != 1.0 {
+                result = result.f_mul_scalar_(*scale)?;
+            }
+            Ok(result)
+        }
+    }
+}
+
+/// Width and groups of what a factor acts on (0 groups: one matrix, whatever its groups are), and its dtype.
+fn describe_factor(name: &str, factor: &Factor) -> Result<(Info, i64)> {
+    let wrong = |info: &Info| {
+        Error::value(
+            name,
+            format_args!("shape {}", info.shape()),
+            "T of shape (d, d) or (G, d, d), or (R, M, scale) of shapes (r, d) and (r, r)",
+        )
+    };
+    match factor {
+        Factor::Dense(t) => {
+            let info = aten::describe_one(t)?;
+            check_full_precision(name, &info)?;
+            let [first, second, third, _] = info.sizes;
+            match info.dim {
+                2 if first == second => Ok((info, 0)),
+                3 if second == third => Ok((info, first)),
+                _ => Err(wrong(&info)),
+            }
+        }
+        Factor::Factored { rows, core, scale } => {
+            let info = aten::matrix(name, rows)?;
+            check_full_precision(name, &info)?;
+            if let Some(core) = core {
+                let core = aten::matrix(name, core)?;
+                check_full_precision(name, &core)?;
+                if core.sizes[0] != info.sizes[0]
+                    || core.sizes[1] != info.sizes[0]
+                    || !core.is_beside(&info)
+                {
+                    return Err(wrong(&core));
+                }
+            }
+            if !scale.is_finite() {
+                return Err(Error::value(name, scale, "a finite scale"));
+            }
+            Ok((info, 0))
+        }
+    }
+}
+
+/// Lists of matrices, their biases and the factors that act on them, checked.
+struct Checked {
+    /// The matrices.
+    infos: Vec<Info>,
+    /// The dtype to compute each layer in: the widest of gradient and factors, at least float32.
+    kinds: Vec<Kind>,
+}
+
+/// Checks lists of matrices, biases and factors.
+fn check(
     argument: &str,
     matrices: &[&Tensor],
-    projectors: &[&Tensor],
-) -> Result<Vec<Kind>> {
-    if projectors.len() != matrices.len() {
+    biases: &[Option<&Tensor>],
+    factors: &Factors,
+) -> Result<Checked> {
+    let counted = [("biases", biases.len()), ("factors", factors.len())];
+    for (name, count) in counted {
+        if count != matrices.len() {
+            return Err(Error::value(
+                name,
+                format_args!("{count} entries"),
+                format_args!("{}, one for each of {argument}", matrices.len()),
+            ));
+        }
+    }
+    let infos = check_list(argument, matrices)?;
+    check_unshared(argument, &infos)?;
+    let mut kinds = Vec::with_capacity(matrices.len());
+    for (index, info) in infos.iter().enumerate() {
+        if !matches!(info.dim, 2 | 3) {
+            return Err(Error::value(
+                format_args!("{argument}[{index}]"),
+                format_args!("shape {}", info.shape()),
+                "a matrix (out, d), or (G, out/G, d)",
+            ));
+        }
+        let bias = biases.get(index).copied().flatten();
+        if let Some(bias) = bias {
+            check_bias(&format!("biases[{index}]"), bias, info)?;
+        }
+        let mut double = is_double(info);
+        let width = info.last + i64::from(bias.is_some());
+        for (place, factor) in factors[index].iter().enumerate() {
+            let name = format!("factors[{index}][{place}]");
+            let (found, groups) = describe_factor(&name, factor)?;
+            let fits =
+                found.last == width && (groups == 0 || info.dim == 3 && groups == info.sizes[0]);
+            if !fits || !found.is_beside(info) {
+                return Err(Error::value(
+                    name,
+                    format_args!("shape {} on {}", found.shape(), found.device()),
+                    format_args!(
+                        "{width} columns on {}, for {argument}[{index}] of shape {}{}",
+                        info.device(),
+                        info.shape(),
+                        if bias.is_some() { " and its bias" } else { "" }
+                    ),
+                ));
+            }
+            double = double || is_double(&found);
+        }
+        kinds.push(if double { Kind::Double } else { Kind::Float });
+    }
+    Ok(Checked { infos, kinds })
+}
+
+/// A bias fits its matrix: as many rows, the same dtype and device.
+fn check_bias(name: &str, bias: &Tensor, matrix: &Info) -> Result<()> {
+    let info = aten::describe_one(bias)?;
+    aten::floating(name, &info)?;
+    aten::unshared(name, &info)?;
+    let rows = usize::try_from(matrix.dim - 1).unwrap_or(0);
+    if info.dim != matrix.dim - 1
+        || info.sizes[..rows] != matrix.sizes[..rows]
+        || info.scalar_type != matrix.scalar_type
+        || !info.is_beside(matrix)
+    {
         return Err(Error::value(
-            "projectors",
-            format_args!("{} matrices", projectors.len()),
-            format_args!("{}, one for each of {argument}", matrices.len()),
+            name,
+            format_args!(
+                "{} of shape {} on {}",
+                info.dtype(),
+                info.shape(),
+                info.device()
+            ),
+            format_args!(
+                "the rows, dtype and device of its matrix, {} of shape {} on {}",
+                matrix.dtype(),
+                matrix.shape(),
+                matrix.device()
+            ),
         ));
     }
-    let infos = crate::sam::check_list(argument, matrices)?;
-    crate::sam::check_unshared(argument, &infos)?;
-    let mut kinds = Vec::with_capacity(matrices.len());
-    for (index, (info, projector)) in infos.iter().zip(projectors).enumerate() {
-        let name = format!("{argument}[{index}]");
-        if info.dim != 2 {
-            return Err(Error::value(
-                name,
-                format_args!("shape {}", info.shape()),
-                "a matrix (out, d)",
-            ));
-        }
-        let name = format!("projectors[{index}]");
-        let other = check_square(&name, projector)?;
-        check_full_precision(&name, &other)?;
-        if other.sizes[0] != info.sizes[1] || !other.is_beside(info) {
-            return Err(Error::value(
-                name,
-                format_args!("shape {} on {}", other.shape(), other.device()),
-                format_args!(
-                    "({d}, {d}) on {}, for {argument}[{index}] of shape {}",
-                    info.device(),
-                    info.shape(),
-                    d = info.sizes[1]
-                ),
-            ));
-        }
-        kinds.push(meeting_kind(info, &other));
-    }
-    Ok(kinds)
+    Ok(())
 }
 
 /// What projecting did to a layer.
@@ -130,37 +264,67 @@ fn report_kind(info: Option<&Info>) -> Kind {
     }
 }
 
-/// `∇W ← ∇W T` (Eqs. (5), (9)); reports [‖∇W‖, ‖∇W T‖, cosine] for each layer.
+/// `∇W ← ∇W T` (Eqs. (5), (9)), with a bias `[∇W ∇b] ← [∇W ∇b] T`; reports [‖∇W‖, ‖∇W T‖, cosine] for each layer.
 ///
 /// T acts from the right, as torch keeps W as (out, d). Computed in the wider dtype of the two, written back in the gradient's.
-pub fn project_(gradients: &mut [Tensor], projectors: &[&Tensor]) -> Result<Tensor> {
+pub fn project_(
+    gradients: &mut [Tensor],
+    biases: &mut [Option<Tensor>],
+    factors: &Factors,
+) -> Result<Tensor> {
     let borrowed: Vec<&Tensor> = gradients.iter().collect();
-    let kinds = check_projection("gradients", &borrowed, projectors)?;
+    let vectors: Vec<Option<&Tensor>> = biases.iter().map(Option::as_ref).collect();
+    let Checked { infos, kinds } = check("gradients", &borrowed, &vectors, factors)?;
     let mut projected = Vec::with_capacity(gradients.len());
-    for ((gradient, projector), &kind) in gradients.iter().zip(projectors).zip(&kinds) {
-        projected.push(
-            gradient
-                .f_to_dtype(kind, false, false)?
-                .f_matmul(&projector.f_to_dtype(kind, false, false)?)?,
-        );
+    for (((gradient, bias), factors), &kind) in
+        borrowed.iter().zip(&vectors).zip(factors).zip(&kinds)
+    {
+        let mut value = joined(gradient, *bias, kind)?;
+        for factor in factors {
+            value = act(&value, factor, kind)?;
+        }
+        projected.push(value);
     }
-    let infos = aten::describe(&borrowed)?;
-    let sources: Vec<&Tensor> = projected.iter().collect();
-    let (to, from) = (optional(&borrowed), optional(&sources));
-    let fits = aten::fits(&[&to, &from])?;
-    if infos.first().is_none_or(Info::is_cpu) && fits.iter().all(|&fits| fits) {
-        return replace(&borrowed, &sources, &infos);
+    let alone =
+        vectors.iter().all(Option::is_none) && factors.iter().all(|factors| !factors.is_empty());
+    if alone && infos.first().is_none_or(Info::is_cpu) {
+        let sources: Vec<&Tensor> = projected.iter().collect();
+        let (to, from) = (optional(&borrowed), optional(&sources));
+        if aten::fits(&[&to, &from])?.into_iter().all(|fits| fits) {
+            return replace(&borrowed, &sources, &infos);
+        }
     }
-    drop((to, from, borrowed));
     let report = report_kind(infos.first());
     let mut rows = Vec::with_capacity(gradients.len());
-    for (gradient, projected) in gradients.iter().zip(&projected) {
-        rows.push(compare(gradient, projected, report)?);
+    for (((gradient, bias), projected), &kind) in
+        borrowed.iter().zip(&vectors).zip(&projected).zip(&kinds)
+    {
+        rows.push(compare(&joined(gradient, *bias, kind)?, projected, report)?);
     }
-    for (gradient, projected) in gradients.iter_mut().zip(&projected) {
-        gradient.f_copy_(projected)?;
+    drop((borrowed, vectors));
+    write(gradients, biases, projected)?;
+    stacked(&rows, report)
+}
+
+/// Each matrix and bias ← what has been computed for both together.
+fn write(matrices: &mut [Tensor], biases: &mut [Option<Tensor>], news: Vec<Tensor>) -> Result<()> {
+    for ((matrix, bias), new) in matrices.iter_mut().zip(biases).zip(news) {
+        let d = aten::describe_one(matrix)?.last;
+        let (new, column) = parted(new, bias.is_some(), d)?;
+        matrix.f_copy_(&new)?;
+        if let (Some(bias), Some(column)) = (bias.as_mut(), column) {
+            bias.f_copy_(&column)?;
+        }
     }
-    Ok(Tensor::f_stack(&rows, 0)?)
+    Ok(())
+}
+
+/// The reports of all layers, one row each.
+fn stacked(rows: &[Tensor], kind: Kind) -> Result<Tensor> {
+    if rows.is_empty() {
+        return Ok(Tensor::f_zeros([0_i64, 3], (kind, tch::Device::Cpu))?);
+    }
+    Ok(Tensor::f_stack(rows, 0)?)
 }
 
 /// [`project_`]'s last part in one pass over memory.
@@ -216,34 +380,51 @@ fn replace(gradients: &[&Tensor], projected: &[&Tensor], infos: &[Info]) -> Resu
     Ok(Tensor::f_from_slice(&numbers)?.f_reshape([-1_i64, 3])?)
 }
 
-/// `W ← W₀ + (W − W₀) T`: the base optimizer's update is projected instead of the gradient; reports as [`project_`], of the update.
+/// `W ← W₀ + (W − W₀) T`, with a bias `[W b]` in place of W: the base optimizer's update is projected instead of the gradient; reports as
+/// [`project_`], of the update.
 pub fn project_update_(
     weights: &mut [Tensor],
     before: &[&Tensor],
-    projectors: &[&Tensor],
+    biases: &mut [Option<Tensor>],
+    biases_before: &[Option<&Tensor>],
+    factors: &Factors,
 ) -> Result<Tensor> {
     let borrowed: Vec<&Tensor> = weights.iter().collect();
-    let kinds = check_projection("weights", &borrowed, projectors)?;
-    let infos = aten::describe(&borrowed)?;
-    let copies = crate::sam::check_beside("before", before, "weights", &borrowed, &infos)?;
-    crate::sam::check_same_dtype("before", &copies, "weights", &infos)?;
-    drop(borrowed);
+    let vectors: Vec<Option<&Tensor>> = biases.iter().map(Option::as_ref).collect();
+    let Checked { infos, kinds } = check("weights", &borrowed, &vectors, factors)?;
+    let copies = check_beside("before", before, "weights", &borrowed, &infos)?;
+    check_same_dtype("before", &copies, "weights", &infos)?;
+    let matched = biases_before.len() == vectors.len()
+        && vectors
+            .iter()
+            .zip(biases_before)
+            .all(|(now, then)| now.is_some() == then.is_some());
+    if !matched {
+        return Err(Error::value(
+            "biases_before",
+            "biases for other layers",
+            "one for each of biases, None where that is None",
+        ));
+    }
+    for (index, (then, info)) in biases_before.iter().zip(&infos).enumerate() {
+        if let Some(then) = then {
+            check_bias(&format!("biases_before[{index}]"), then, info)?;
+        }
+    }
     let report = report_kind(infos.first());
     let (mut news, mut rows) = (Vec::new(), Vec::new());
-    for (((weight, start), projector), &kind) in
-        weights.iter().zip(before).zip(projectors).zip(&kinds)
-    {
-        let start = start.f_to_dtype(kind, false, false)?;
-        let update = weight.f_to_dtype(kind, false, false)?.f_sub(&start)?;
-        let projected = update.f_matmul(&projector.f_to_dtype(kind, false, false)?)?;
+    for (index, (weight, start)) in borrowed.iter().zip(before).enumerate() {
+        let kind = kinds[index];
+        let start = joined(start, biases_before[index], kind)?;
+        let update = joined(weight, vectors[index], kind)?.f_sub(&start)?;
+        let mut projected = update.f_detach_copy()?;
+        for factor in &factors[index] {
+            projected = act(&projected, factor, kind)?;
+        }
         rows.push(compare(&update, &projected, report)?);
         news.push(projected.f_add(&start)?);
     }
-    for (weight, new) in weights.iter_mut().zip(&news) {
-        weight.f_copy_(new)?;
-    }
-    if rows.is_empty() {
-        return Ok(Tensor::f_zeros([0_i64, 3], (report, tch::Device::Cpu))?);
-    }
-    Ok(Tensor::f_stack(&rows, 0)?)
+    drop((borrowed, vectors));
+    write(weights, biases, news)?;
+    stacked(&rows, report)
 }

@@ -1,29 +1,41 @@
-//! The flat projector T from the spectrum of Ȳ (Eqs. (3)–(4)), and the orthogonal one.
+//! The projector T from Ȳ or from the rows that it is made of (Eq. (4)), and the route by which it is computed.
 
-use tch::{Kind, TchError, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::aten::{self, Info};
 use crate::error::{Error, Result};
+use crate::filters::{Filter, Scope, Taken};
+use crate::polynomial::{symmetric_product, Polynomial};
+use crate::spectrum::{
+    check_full_precision, check_square, check_symmetric, eigh, epsilon, extremes, lanczos, largest,
+    least, real, svd, Greatest,
+};
 
-/// How Ȳ is decomposed.
+/// How a spectrum is gone about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
-    /// Eigendecomposition of the symmetric Ȳ.
+    /// By the rule: see [`from_covariance`] and [`from_rows`].
+    Auto,
+    /// Eigendecomposition.
     Eigh,
     /// Singular value decomposition, as in Eq. (3).
     Svd,
+    /// A polynomial of the matrix, without its dominant direction where that is known.
+    Polynomial,
 }
 
 impl Route {
     /// From the word that Python uses.
     pub fn parse(word: &str) -> Result<Self> {
         match word {
+            "auto" => Ok(Self::Auto),
             "eigh" => Ok(Self::Eigh),
             "svd" => Ok(Self::Svd),
+            "polynomial" => Ok(Self::Polynomial),
             other => Err(Error::value(
                 "route",
                 format_args!("{other:?}"),
-                "\"eigh\" or \"svd\"",
+                "\"auto\", \"svd\", \"eigh\" or \"polynomial\"",
             )),
         }
     }
@@ -43,554 +55,843 @@ pub fn output_kind(dtype: Option<&str>) -> Result<Option<Kind>> {
     }
 }
 
-/// float32 or float64, in which matrices can be decomposed.
-pub fn check_full_precision(argument: &str, info: &Info) -> Result<Kind> {
-    match info.kind() {
-        Some(kind @ (Kind::Float | Kind::Double)) => Ok(kind),
-        _ => Err(Error::value(argument, info.dtype(), "float32 or float64")),
-    }
+/// What is done to the eigenvalues or their directions, to tell whether these matter.
+#[derive(Clone, Copy)]
+pub enum Control<'a> {
+    /// Nothing.
+    None,
+    /// T is the mean of its eigenvalues times I.
+    Scalar,
+    /// The eigenvalues stand in the basis that QR makes of these numbers, the greatest λ first.
+    Random(&'a Tensor),
 }
 
-/// A d×d matrix.
-pub fn check_square(argument: &str, tensor: &Tensor) -> Result<Info> {
-    let info = aten::matrix(argument, tensor)?;
-    if info.sizes[0] != info.sizes[1] || info.numel == 0 {
-        return Err(Error::value(
-            argument,
-            format_args!("shape {}", info.shape()),
-            "a square matrix",
-        ));
-    }
-    Ok(info)
+/// What T is asked for.
+#[derive(Clone, Copy)]
+pub struct Wish<'a> {
+    /// σ(λ).
+    pub filter: Filter,
+    /// How.
+    pub route: Route,
+    /// In which dtype; `None`: that of the input.
+    pub dtype: Option<Kind>,
+    /// Of which use.
+    pub control: Control<'a>,
 }
 
-/// τ ≥ 0.
-fn check_tau(tau: f64) -> Result<()> {
-    if tau.is_finite() && tau >= 0.0 {
-        Ok(())
+/// T in one of two forms.
+pub enum Factor {
+    /// T itself, (d, d) or (G, d, d).
+    Dense(Tensor),
+    /// `T = c (I − Rᵀ M R)`, R (r, d), M (r, r) or I.
+    Factored {
+        /// R.
+        rows: Tensor,
+        /// M; `None` is I.
+        core: Option<Tensor>,
+        /// c.
+        scale: f64,
+    },
+}
+
+/// How T was made.
+pub struct Report {
+    /// Name of the route.
+    pub route: &'static str,
+    /// Floating-point operations, estimated.
+    pub flops: f64,
+    /// What the entries of T differ from the exact ones at most, rounding counted as random.
+    pub error_bound: f64,
+    /// Σ λ.
+    pub trace: f64,
+}
+
+/// T, λ descending (or λ_max and λ_min alone), and how it was made.
+pub struct Made {
+    /// T.
+    pub factor: Factor,
+    /// λ.
+    pub singular_values: Tensor,
+    /// How.
+    pub report: Report,
+}
+
+/// Sizes from which on a polynomial is cheaper than a decomposition.
+const LARGE: i64 = 160;
+
+/// Up to this ‖a X‖ the polynomial of a float32 matrix is as good as float32 allows.
+const SMALL_EXPONENT: f64 = 0.75;
+
+/// Tolerance of what is left out: a part of the rounding of a float32 T; for float64 what sampled coefficients can tell.
+fn tolerance(wanted: Kind) -> f64 {
+    if wanted == Kind::Double {
+        FLOOR
     } else {
-        Err(Error::value("tau", tau, "a finite number ≥ 0"))
+        0.125 * epsilon(wanted)
     }
 }
 
-/// Distance from 1 to the next number.
-fn epsilon(kind: Kind) -> f64 {
-    if kind == Kind::Double {
-        f64::EPSILON
-    } else {
-        f64::from(f32::EPSILON)
-    }
+/// Below this the coefficients of a polynomial are rounding.
+const FLOOR: f64 = 16.0 * f64::EPSILON;
+
+/// The rounding of T itself, when it is put together, and of eigenvectors that are orthogonal up to √d·ε in float64.
+fn rounding(d: i64, wanted: Kind) -> f64 {
+    let growth = real(d).sqrt() * if wanted == Kind::Double { 1.0 } else { 0.0625 };
+    epsilon(wanted) * (1.0 + growth)
 }
 
-/// max |x|; an error if anything is not finite.
-fn largest(argument: &str, tensor: &Tensor) -> Result<f64> {
-    let largest = tensor.f_abs()?.f_max()?.f_double_value(&[])?;
-    if largest.is_finite() {
-        Ok(largest)
-    } else {
-        Err(Error::arithmetic(
-            argument,
-            format_args!("a matrix with {largest} in it"),
-            "finite numbers",
-        ))
-    }
-}
+/// Steps that Lanczos's method may take for the dominant direction.
+const MOST_STEPS: i64 = 40;
 
-/// The number of dimensions as float64, for tolerances.
-#[allow(clippy::cast_precision_loss)] // sizes of matrices stay far below 2^53
-fn real(size: i64) -> f64 {
-    size as f64
-}
+/// Steps for the norm of what is left.
+const NORM_STEPS: i64 = 12;
 
-/// What went wrong in a decomposition: that it does not converge lies in the numbers, everything else in torch.
-fn undecomposed(argument: &str, error: TchError) -> Error {
-    match Error::from(error) {
-        Error::Torch(text) if text.contains("converge") => Error::arithmetic(
-            argument,
-            "a matrix whose decomposition does not converge",
-            "one that can be decomposed",
-        ),
-        other => other,
-    }
-}
-
-/// A decomposition of a matrix of this dtype; if it fails in float32, again in float64.
-fn decomposed<const N: usize>(
-    argument: &str,
-    matrix: &Tensor,
+/// A symmetric matrix as θ v vᵀ + R.
+struct Deflated {
+    /// θ and v; `None`: nothing is taken out.
+    top: Option<Greatest>,
+    /// R, in the dtype that it is computed with.
+    rest: Tensor,
+    /// That dtype.
     kind: Kind,
-    decompose: impl Fn(&Tensor) -> std::result::Result<[Tensor; N], TchError>,
-) -> Result<[Tensor; N]> {
-    match decompose(matrix) {
-        Ok(parts) => Ok(parts),
-        Err(error) if kind == Kind::Double => Err(undecomposed(argument, error)),
-        Err(_) => {
-            let mut parts = decompose(&matrix.f_to_dtype(Kind::Double, false, false)?)
-                .map_err(|error| undecomposed(argument, error))?;
-            for part in &mut parts {
-                *part = part.f_to_dtype(kind, false, false)?;
+    /// Bounds of the spectrum of R.
+    bounds: (f64, f64),
+    /// Operations that it took.
+    flops: f64,
+}
+
+/// Takes the dominant direction out of a positive semi-definite matrix, float64 if it can be; `None` if it is not found to `accuracy` · θ.
+fn deflate(
+    wide: &Tensor,
+    (d, wanted, info): (i64, Kind, &Info),
+    strength: f64,
+    accuracy: f64,
+) -> Result<Option<Deflated>> {
+    let size = real(d) * real(d);
+    let apply = |v: &Tensor| Ok(wide.f_mv(v)?);
+    let top = lanczos(
+        (d, Kind::Double, info),
+        MOST_STEPS,
+        apply,
+        |value, residual, _| strength * residual <= accuracy * value,
+    )?;
+    if strength * top.residual > accuracy * top.value {
+        return Ok(None);
+    }
+    let along = top.vector.f_mul_scalar(top.value.sqrt())?;
+    let rest = wide.f_addr(&along, &along.f_neg()?)?;
+    let single = rest.f_to_dtype(Kind::Float, false, false)?;
+    let norm = single.f_norm()?.f_double_value(&[])?;
+    let apply = |v: &Tensor| Ok(single.f_mv(v)?);
+    let second = lanczos(
+        (d, Kind::Float, info),
+        NORM_STEPS,
+        apply,
+        |value, residual, _| residual <= 0.02 * value,
+    )?;
+    // Ritz values come from below; what they miss is far less than this margin, and the polynomial does not break off outside
+    let bound = norm.min(1.05 * second.value + second.residual).max(0.0);
+    let precise = wanted == Kind::Double || strength * bound > SMALL_EXPONENT * top.value;
+    let (rest, kind) = if precise {
+        (rest, Kind::Double)
+    } else {
+        (single, Kind::Float)
+    };
+    let flops = 2.0 * size * real(top.steps + second.steps + 2);
+    Ok(Some(Deflated {
+        top: Some(top),
+        rest,
+        kind,
+        bounds: (0.0, bound),
+        flops,
+    }))
+}
+
+/// A function of a matrix that is split, but for the direction that was taken out, and what it took.
+struct Evaluated {
+    /// p(R).
+    value: Tensor,
+    /// What the polynomial leaves out.
+    error: f64,
+    /// Products of matrices.
+    products: f64,
+}
+
+impl Deflated {
+    /// `A − amount · v vᵀ`, in place: what f makes of the direction that was taken out.
+    fn settle(&self, mut value: Tensor, amount: f64) -> Result<Tensor> {
+        if let Some(top) = &self.top {
+            let along = top
+                .vector
+                .f_mul_scalar(amount.max(0.0).sqrt())?
+                .f_to_dtype(self.kind, false, false)?;
+            let _in_place = value.f_addr_(&along, &along.f_neg()?)?;
+        }
+        Ok(value)
+    }
+
+    /// `exp(−a (Y − λ_min I))`, by a polynomial of `a/2ˢ` and s squarings.
+    fn exponential(
+        &self,
+        (d, info): (i64, &Info),
+        rate: f64,
+        low: f64,
+        accuracy: f64,
+    ) -> Result<Evaluated> {
+        let f = |x: f64, rate: f64| (-rate * (x - low)).exp();
+        let mut halvings = 0;
+        let polynomial = loop {
+            let share = 0.5_f64.powi(halvings);
+            match Polynomial::of(
+                |x| f(x, rate * share),
+                self.bounds,
+                FLOOR.max(accuracy * share),
+            ) {
+                Some(polynomial) => break polynomial,
+                None => halvings += 1,
             }
-            Ok(parts)
+        };
+        let mut value = polynomial.apply(&self.rest, d, self.kind, info)?;
+        for _ in 0..halvings {
+            value = symmetric_product(&value, &value, d, self.kind, info)?;
         }
+        let gone = self
+            .top
+            .as_ref()
+            .map_or(0.0, |top| f(0.0, rate) - f(top.value, rate));
+        Ok(Evaluated {
+            value: self.settle(value, gone)?,
+            error: polynomial.error * 2.0_f64.powi(halvings),
+            products: polynomial.products + f64::from(halvings),
+        })
     }
-}
 
-/// λ ascending and the eigenvectors as columns.
-fn eigh(argument: &str, matrix: &Tensor, kind: Kind) -> Result<[Tensor; 2]> {
-    decomposed(argument, matrix, kind, |matrix| {
-        let (values, vectors) = matrix.f_linalg_eigh("L")?;
-        Ok([values, vectors])
-    })
-}
-
-/// λ ascending.
-fn eigvalsh(argument: &str, matrix: &Tensor, kind: Kind) -> Result<Tensor> {
-    let [values] = decomposed(argument, matrix, kind, |matrix| {
-        Ok([matrix.f_linalg_eigvalsh("L")?])
-    })?;
-    Ok(values)
-}
-
-/// λ ascending and the left singular vectors as columns.
-fn svd(argument: &str, matrix: &Tensor, kind: Kind) -> Result<[Tensor; 2]> {
-    let [values, vectors] = decomposed(argument, matrix, kind, |matrix| {
-        let (u, s, _) = matrix.f_svd(true, true)?;
-        Ok([s, u])
-    })?;
-    Ok([
-        values.f_flip([0_i64].as_slice())?,
-        vectors.f_flip([1_i64].as_slice())?,
-    ])
-}
-
-/// λ ascending for a float32 T: in float32, unless λ_max − λ_min is so small that the rounding of either would show.
-fn extent(matrix: &Tensor, d: i64, kind: Kind) -> Result<Tensor> {
-    if kind == Kind::Double {
-        let single = matrix.f_to_dtype(Kind::Float, false, false)?;
-        let values =
-            eigvalsh("covariance", &single, Kind::Float)?.f_to_dtype(kind, false, false)?;
-        if values.f_double_value(&[0])? <= 0.5 * values.f_double_value(&[d - 1])? {
-            return Ok(values);
+    /// `λ_max φ(K)` with `φ(λ) = (1 − exp(−τλ/λ_max))/λ`; halved s times, then `φ₂ₐ = φₐ (1 + exp(−aλ))`.
+    fn per_eigenvalue(
+        &self,
+        (d, info): (i64, &Info),
+        tau: f64,
+        high: f64,
+        accuracy: f64,
+    ) -> Result<Evaluated> {
+        let exponential = |x: f64, rate: f64| (-rate * x / high).exp();
+        let phi = |x: f64, rate: f64| {
+            let z = rate * x / high;
+            if z.abs() < 1e-300 {
+                rate
+            } else {
+                -rate * (-z).exp_m1() / z
+            }
+        };
+        let mut halvings = 0;
+        let (first, second) = loop {
+            let share = 0.5_f64.powi(halvings);
+            let enough = FLOOR.max(accuracy * share);
+            let first = Polynomial::of(|x| phi(x, tau * share), self.bounds, enough);
+            let second = Polynomial::of(|x| exponential(x, tau * share), self.bounds, enough);
+            if let (Some(first), Some(second)) = (first, second) {
+                break (first, second);
+            }
+            halvings += 1;
+        };
+        let mut products = first.products;
+        let mut value = first.apply(&self.rest, d, self.kind, info)?;
+        if halvings > 0 {
+            products += second.products;
+            let mut factor = second.apply(&self.rest, d, self.kind, info)?;
+            for left in (0..halvings).rev() {
+                let more = symmetric_product(&value, &factor, d, self.kind, info)?;
+                value = value.f_add_(&more)?;
+                products += 1.0;
+                if left > 0 {
+                    factor = symmetric_product(&factor, &factor, d, self.kind, info)?;
+                    products += 1.0;
+                }
+            }
         }
+        let gone = self
+            .top
+            .as_ref()
+            .map_or(0.0, |top| phi(0.0, tau) - phi(top.value, tau));
+        Ok(Evaluated {
+            value: self.settle(value, gone)?,
+            error: first.error * 2.0_f64.powi(halvings),
+            products,
+        })
     }
-    eigvalsh("covariance", matrix, kind)
 }
 
-/// `eigh` looks at one triangle only, so the other one must say the same, up to rounding.
-fn check_symmetric(scaled: &Tensor, kind: Kind) -> Result<()> {
-    let skew = scaled
-        .f_sub(&scaled.f_tr()?)?
-        .f_abs_()?
-        .f_max()?
-        .f_double_value(&[])?;
-    if skew <= epsilon(kind).sqrt() {
-        return Ok(());
-    }
-    Err(Error::value(
-        "covariance",
-        format_args!("a matrix that differs from its transpose by {skew:.1e} of its largest entry"),
-        "a symmetric matrix",
-    ))
-}
-
-/// Sizes from which on a symmetric product is made from its lower half.
-const HALVED: i64 = 256;
-
-/// A B where that is known to be symmetric, exactly symmetric: of six bands the blocks up to the diagonal are computed, the rest mirrored.
-fn symmetric_product(a: &Tensor, b: &Tensor, d: i64, kind: Kind, info: &Info) -> Result<Tensor> {
-    let product = Tensor::f_empty([d, d], (kind, info.home()))?;
-    let band = if d < HALVED { d } else { (d + 5) / 6 };
-    let mut start = 0;
-    while start < d {
-        let size = band.min(d - start);
-        let rows = product.f_narrow(0, start, size)?;
-        let _filled = a.f_narrow(0, start, size)?.f_mm_out(
-            &rows.f_narrow(1, 0, start + size)?,
-            &b.f_narrow(1, 0, start + size)?,
-        )?;
-        let mut diagonal = rows.f_narrow(1, start, size)?;
-        let mirrored = diagonal.f_tril(-1)?.f_tr()?;
-        diagonal.f_copy_(&diagonal.f_tril(0)?.f_add(&mirrored)?)?;
-        product
-            .f_narrow(0, 0, start)?
-            .f_narrow(1, start, size)?
-            .f_copy_(&rows.f_narrow(1, 0, start)?.f_tr()?)?;
-        start += size;
-    }
-    Ok(product)
-}
-
-/// `T = I − A B`, exactly symmetric: what T takes away is A B.
-fn without(a: &Tensor, b: &Tensor, d: i64, kind: Kind, info: &Info) -> Result<Tensor> {
-    let t = symmetric_product(&a.f_neg()?, b, d, kind, info)?;
+/// `T = c (I − B Bᵀ)`, exactly symmetric.
+fn without(basis: &Tensor, scale: f64, d: i64, kind: Kind, info: &Info) -> Result<Tensor> {
+    let mut t = symmetric_product(&basis.f_neg()?, &basis.f_tr()?, d, kind, info)?;
     let _in_place = t.f_diagonal(0, 0, 1)?.f_add_scalar_(1.0)?;
+    if scale != 1.0 {
+        t = t.f_mul_scalar_(scale)?;
+    }
     Ok(t)
 }
 
-/// Degree of the Taylor polynomials; at ‖X‖ ≤ [`POLYNOMIAL_TAU`] they end below the rounding of float32.
-const DEGREE: usize = 8;
-
-/// Up to this τ a float32 T is made by a polynomial: no eigenvectors are needed then.
-const POLYNOMIAL_TAU: f64 = 0.75;
-
-/// Terms below this bound, a third of the rounding of float32, are left out if that saves a product.
-const NEGLIGIBLE: f64 = 2e-8;
-
-/// c₀ I + c₁ X + … + c₈ X⁸ for a symmetric float32 X, d×d with ‖X‖ ≤ `bound`, by three or four products (Paterson and Stockmeyer):
-/// X², X³, then Horner's rule in X³.
-fn polynomial(
-    x: &Tensor,
-    (d, bound): (i64, f64),
-    coefficients: &[f64; DEGREE + 1],
-    info: &Info,
-) -> Result<Tensor> {
-    let times = |a: &Tensor, b: &Tensor| symmetric_product(a, b, d, Kind::Float, info);
-    let square = times(x, x)?;
-    let cube = times(&square, x)?;
-    let [c0, c1, c2, c3, c4, c5, c6, c7, c8] = *coefficients;
-    let block = |constant: f64, linear: f64, quadratic: f64| -> Result<Tensor> {
-        let block = square
-            .f_mul_scalar(quadratic)?
-            .f_add_(&x.f_mul_scalar(linear)?)?;
-        let _in_place = block.f_diagonal(0, 0, 1)?.f_add_scalar_(constant)?;
-        Ok(block)
-    };
-    let last = if (c7 * bound.powi(7)).abs() < NEGLIGIBLE {
-        cube.f_mul_scalar(c6)?
-    } else {
-        times(&block(c6, c7, c8)?, &cube)?
-    };
-    let sum = block(c3, c4, c5)?.f_add_(&last)?;
-    Ok(times(&sum, &cube)?.f_add_(&block(c0, c1, c2)?)?)
-}
-
-/// factor · (−1)ᵏ / (k + shift)! for k = 0 … 8.
-fn alternating(factor: f64, shift: u32) -> [f64; DEGREE + 1] {
-    let mut coefficients = [0.0; DEGREE + 1];
-    let mut term = factor / (1..=shift).map(f64::from).product::<f64>();
-    for (k, coefficient) in (1..).zip(&mut coefficients) {
-        *coefficient = term;
-        term /= -f64::from(k + shift);
+/// The columns of Q in the QR decomposition of what has been drawn, the first `k`.
+fn random_basis(noise: &Tensor, (d, k): (i64, i64), kind: Kind, info: &Info) -> Result<Tensor> {
+    let found = check_square("noise", noise)?;
+    check_full_precision("noise", &found)?;
+    if found.sizes[0] != d || !found.is_beside(info) {
+        return Err(Error::value(
+            "noise",
+            format_args!("shape {} on {}", found.shape(), found.device()),
+            format_args!("({d}, {d}) on {}", info.device()),
+        ));
     }
-    coefficients
+    let columns = noise.f_narrow(1, 0, k)?.f_to_dtype(kind, false, false)?;
+    Ok(Tensor::f_linalg_qr(&columns, "reduced")?.0)
 }
 
-/// Which part of the spectrum counts, and what T does with it.
-struct Spectrum {
-    /// λ_min.
-    low: f64,
-    /// λ_max − λ_min.
-    spread: f64,
-    /// λ, descending.
-    descending: Tensor,
-}
-
-/// λ without what rounding makes negative, in both orders.
-fn spectrum(ascending: &Tensor, d: i64) -> Result<Spectrum> {
-    let (low, high) = (
-        ascending.f_double_value(&[0])?,
-        ascending.f_double_value(&[d - 1])?,
-    );
-    Ok(Spectrum {
-        low,
-        spread: high - low,
-        descending: ascending.f_flip([0_i64].as_slice())?,
+/// T as a mean eigenvalue.
+fn scalar(mean: f64, d: i64, wanted: Kind, info: &Info) -> Result<Factor> {
+    Ok(Factor::Factored {
+        rows: Tensor::f_zeros([0, d], (wanted, info.home()))?,
+        core: None,
+        scale: mean,
     })
 }
 
-/// `Y = V Λ Vᵀ` (Eq. (3)), `Σ = exp(−τ (Λ − λ_min I)/(λ_max − λ_min))`, `T = V Σ Vᵀ` (Eq. (4)).
-///
-/// Returns T and λ, descending. No spread between λ_max and λ_min beyond the rounding d·ε·λ_max: T = I. With eigenvectors T is assembled as
-/// `I − V(I − Σ)Vᵀ`, from the directions only in which it differs from I by more than rounding. A float32 T at τ ≤ 0.75 needs no
-/// eigenvectors: it is the exponential of a small matrix, `exp(−τ/2) exp(−X)` with `X = τ ((Y − λ_min I)/(λ_max − λ_min) − I/2)`, ‖X‖ ≤ τ/2;
-/// λ then has the precision of float32.
-pub fn flat_projector(
-    covariance: &Tensor,
-    tau: f64,
-    route: Route,
-    dtype: Option<Kind>,
-) -> Result<(Tensor, Tensor)> {
-    let info = check_square("covariance", covariance)?;
-    let kind = check_full_precision("covariance", &info)?;
-    check_tau(tau)?;
-    let wanted = dtype.unwrap_or(kind);
-    let d = info.sizes[0];
-    let scale = largest("covariance", covariance)?;
-    let identity = || Tensor::f_eye(d, (wanted, info.home()));
-    if scale == 0.0 {
-        return Ok((identity()?, Tensor::f_zeros([d], (kind, info.home()))?));
+/// How many of these, ascending, are no more than `bound`.
+fn count_up_to(values: &Tensor, bound: f64) -> Result<i64> {
+    Ok(values.f_le(bound)?.f_sum(Kind::Int64)?.f_int64_value(&[])?)
+}
+
+/// What is asked for, with everything that has been looked up.
+struct Job<'a> {
+    /// The wish.
+    wish: &'a Wish<'a>,
+    /// The matrix or the rows.
+    info: &'a Info,
+    /// Width d.
+    d: i64,
+    /// The dtype of the input.
+    kind: Kind,
+    /// The dtype of T.
+    wanted: Kind,
+}
+
+impl Job<'_> {
+    /// T = I.
+    fn identity(&self) -> Result<Factor> {
+        Ok(Factor::Dense(Tensor::f_eye(
+            self.d,
+            (self.wanted, self.info.home()),
+        )?))
     }
-    let scaled = covariance.f_div_scalar(scale)?;
-    check_symmetric(&scaled, kind)?;
-    let by_polynomial =
-        route == Route::Eigh && wanted == Kind::Float && tau > 0.0 && tau <= POLYNOMIAL_TAU;
-    let (values, vectors) = match route {
-        Route::Eigh if by_polynomial => (extent(&scaled, d, kind)?, None),
-        Route::Eigh => {
-            let [values, vectors] = eigh("covariance", &scaled, kind)?;
-            (values, Some(vectors))
-        }
-        Route::Svd => {
-            let [values, vectors] = svd("covariance", &scaled, kind)?;
-            (values, Some(vectors))
-        }
-    };
-    let values = values.f_clamp_min(0.0)?;
-    let Spectrum {
-        low,
-        spread,
-        descending,
-    } = spectrum(&values, d)?;
-    let singular_values = descending.f_mul_scalar(scale)?;
-    if tau == 0.0 || spread <= real(d) * epsilon(kind) * (low + spread) {
-        return Ok((identity()?, singular_values));
+
+    /// What the rounding of λ makes of T, for λ that are known to ε·√d·λ_max.
+    fn reach(&self, values: &Tensor, scope: &Scope, kind: Kind) -> Result<f64> {
+        let slope = match self.wish.filter {
+            Filter::Flat(tau) => tau * scope.high / (scope.high - scope.low),
+            Filter::Ridge(alpha) => alpha * real(self.d) * scope.high / scope.trace,
+            Filter::NullSpace(a) => {
+                let threshold = if scope.low > scope.rounding {
+                    a * scope.low
+                } else {
+                    scope.rounding
+                };
+                let below = count_up_to(values, threshold)?;
+                let n = aten::describe_one(values)?.sizes[0];
+                if below == n {
+                    0.0
+                } else {
+                    let above = values.f_double_value(&[below])?;
+                    let under = if below == 0 {
+                        0.0
+                    } else {
+                        values.f_double_value(&[below - 1])?
+                    };
+                    scope.high / (above - under)
+                }
+            }
+        };
+        Ok(slope * epsilon(kind) * (2.0 + 0.5 * real(self.d).sqrt()))
     }
-    let Some(vectors) = vectors else {
-        let x = scaled.f_mul_scalar(tau / spread)?;
-        let _in_place = x
-            .f_diagonal(0, 0, 1)?
-            .f_sub_scalar_(tau * (low / spread + 0.5))?;
-        let x = x.f_to_dtype(Kind::Float, false, false)?;
-        let coefficients = alternating((-tau / 2.0).exp(), 0);
-        let t = polynomial(&x, (d, tau / 2.0), &coefficients, &info)?;
-        return Ok((t, singular_values));
+
+    /// T from λ, ascending, and the eigenvectors (Eq. (4)): `I − V(I − Σ)Vᵀ`, from the directions only in which it differs from I by more
+    /// than rounding.
+    fn from_spectrum(&self, values: &Tensor, vectors: &Tensor, scope: &Scope) -> Result<Factor> {
+        let (d, wanted) = (self.d, self.wanted);
+        let flat = matches!(self.wish.filter, Filter::Flat(_));
+        if scope.high == 0.0 || (flat && scope.high - scope.low <= scope.rounding) {
+            return self.identity();
+        }
+        let Taken { shares, scale } = self.wish.filter.taken(values, scope)?;
+        let negligible = count_up_to(&shares, 0.25 * epsilon(wanted))?;
+        let kept = d - negligible;
+        let shares = shares.f_narrow(0, negligible, kept)?;
+        let directions = match self.wish.control {
+            Control::Scalar => {
+                let gone = shares.f_sum(Kind::Double)?.f_double_value(&[])?;
+                return scalar(scale * (1.0 - gone / real(d)), d, wanted, self.info);
+            }
+            Control::Random(noise) => {
+                random_basis(noise, (d, kept), wanted, self.info)?.f_flip([1_i64].as_slice())?
+            }
+            Control::None => vectors.f_narrow(1, negligible, kept)?,
+        };
+        let basis = directions
+            .f_mul(
+                &shares
+                    .f_sqrt()?
+                    .f_to_dtype(directions.f_kind()?, false, false)?,
+            )?
+            .f_to_dtype(wanted, false, false)?;
+        Ok(Factor::Dense(without(&basis, scale, d, wanted, self.info)?))
+    }
+
+    /// Eq. (4) by a polynomial of Ȳ; `None` if by the rule it is not worth it.
+    fn by_polynomial(
+        &self,
+        scaled: &Tensor,
+        tau: f64,
+        trace: f64,
+    ) -> Result<Option<(Factor, Tensor, Report)>> {
+        let (d, wanted, info) = (self.d, self.wanted, self.info);
+        let forced = self.wish.route == Route::Polynomial;
+        let accuracy = tolerance(wanted);
+        let wide = scaled.f_to_dtype(Kind::Double, false, false)?;
+        let mut flops = real(d).powi(3) / 3.0;
+        let split = deflate(&wide, (d, wanted, info), tau, accuracy)?;
+        let known = match split {
+            Some(split) => {
+                let high = split.top.as_ref().map_or(0.0, |top| top.value);
+                let needed = accuracy * high / tau.max(1.0);
+                least(&wide, d, info, needed)?.map(|low| (split, low, high))
+            }
+            None => None,
+        };
+        let worthwhile = known
+            .as_ref()
+            .map_or(tau <= SMALL_EXPONENT, |(split, _, high)| {
+                tau * split.bounds.1 <= SMALL_EXPONENT * high
+            });
+        if !forced && !worthwhile {
+            return Ok(None);
+        }
+        let (route, split, low, high) = if let Some((split, low, high)) = known {
+            flops += split.flops;
+            ("polynomial, deflated", split, low, high)
+        } else {
+            let (low, high) = extremes(&wide, d, wanted)?;
+            flops += 9.0 * real(d).powi(3);
+            let single = wanted == Kind::Float && tau <= SMALL_EXPONENT;
+            let kind = if single { Kind::Float } else { Kind::Double };
+            let split = Deflated {
+                top: None,
+                rest: wide.f_to_dtype(kind, false, false)?,
+                kind,
+                bounds: (low, high),
+                flops: 0.0,
+            };
+            ("polynomial", split, low, high)
+        };
+        let spread = high - low;
+        let values = Tensor::f_from_slice(&[high, low])?.f_to_dtype_layout(
+            (self.kind, info.home()),
+            false,
+            false,
+        )?;
+        if spread <= real(d) * epsilon(self.kind) * high {
+            let report = self.report(route, flops, 0.0, trace);
+            return Ok(Some((self.identity()?, values, report)));
+        }
+        let rate = tau / spread;
+        let found = split.exponential((d, info), rate, low, accuracy)?;
+        flops += found.products * real(d).powi(3);
+        let reach = rate * split.bounds.1 * epsilon(split.kind) * (2.0 + 0.5 * real(d).sqrt());
+        let bound = found.error + reach + 2.0 * accuracy + rounding(d, wanted);
+        let t = found.value.f_to_dtype(wanted, false, false)?;
+        Ok(Some((
+            Factor::Dense(t),
+            values,
+            self.report(route, flops, bound, trace),
+        )))
+    }
+
+    /// The report.
+    #[allow(clippy::unused_self)] // reads as what it is about
+    fn report(&self, route: &'static str, flops: f64, error_bound: f64, trace: f64) -> Report {
+        Report {
+            route,
+            flops,
+            error_bound,
+            trace,
+        }
+    }
+}
+
+/// A route and a control that fit the filter: a polynomial knows no eigenvalues.
+fn check_route(wish: &Wish<'_>) -> Result<()> {
+    if wish.route != Route::Polynomial {
+        return Ok(());
+    }
+    let with = match (wish.filter, wish.control) {
+        (Filter::Flat(_), Control::None) => return Ok(()),
+        (Filter::Flat(_), _) => "a control, which needs the eigenvalues",
+        _ => "another projector than the flat one",
     };
-    // 1 − σ = 1 − exp(−τ (λ − λ_min)/(λ_max − λ_min)), ascending like λ
-    let taken = values
-        .f_sub_scalar(low)?
-        .f_mul_scalar(-tau / spread)?
-        .f_expm1()?
-        .f_neg()?;
-    let negligible = taken
-        .f_le(0.25 * epsilon(wanted))?
-        .f_sum(Kind::Int64)?
-        .f_int64_value(&[])?;
-    let kept = d - negligible;
-    let basis = vectors
-        .f_narrow(1, negligible, kept)?
-        .f_mul(&taken.f_narrow(0, negligible, kept)?.f_sqrt()?)?
-        .f_to_dtype(wanted, false, false)?;
-    Ok((
-        without(&basis, &basis.f_tr()?, d, wanted, &info)?,
-        singular_values,
+    Err(Error::value(
+        "route",
+        format_args!("\"polynomial\" with {with}"),
+        "\"auto\", \"eigh\" or \"svd\"",
     ))
 }
 
-/// T from the r < d rows R whose `RᵀR` is Ȳ, without making Ȳ.
+/// What is known of a spectrum, ascending, of d eigenvalues.
+fn scope_of(values: &Tensor, d: i64, kind: Kind) -> Result<Scope> {
+    let n = aten::describe_one(values)?.sizes[0];
+    let high = values.f_double_value(&[n - 1])?;
+    Ok(Scope {
+        d,
+        low: if n < d {
+            0.0
+        } else {
+            values.f_double_value(&[0])?
+        },
+        high,
+        trace: values.f_sum(Kind::Double)?.f_double_value(&[])?,
+        rounding: real(d) * epsilon(kind) * high,
+    })
+}
+
+/// T of `Y = V Λ Vᵀ` (Eqs. (3) and (4)).
 ///
-/// `R Rᵀ = U Λ_r Uᵀ` gives the non-zero λ and `V_r = Rᵀ U Λ_r^−½`; λ_min = 0, so `T = I + V_r (Σ_r − I) V_rᵀ = I − Rᵀ U Φ Uᵀ R` with
-/// `φ = (1 − exp(−τλ/λ_max))/λ`, which stays bounded as λ → 0. λ below the rounding d·ε·λ_max counts as 0. For a float32 T at τ ≤ 0.75
-/// float32 is precise enough throughout, for λ too, and T then takes every λ: φ → τ/λ_max as λ → 0. The λ returned are 0 below the rounding.
-pub fn flat_projector_from_rows(
-    rows: &Tensor,
-    tau: f64,
-    dtype: Option<Kind>,
-) -> Result<(Tensor, Tensor)> {
+/// The rule for [`Route::Auto`]: a flat float32 T of d ≥ 160 by a polynomial, if Ȳ without its dominant direction, or τ, is small; otherwise,
+/// and of (G, d, d), by eigendecomposition. Of a polynomial λ_max and λ_min alone are told.
+pub fn from_covariance(covariance: &Tensor, wish: &Wish<'_>) -> Result<Made> {
+    let info = aten::describe_one(covariance)?;
+    aten::floating("covariance", &info)?;
+    let grouped = info.dim == 3;
+    let d = info.last;
+    if !(info.dim == 2 || grouped) || info.sizes[usize::from(grouped)] != d || info.numel == 0 {
+        return Err(Error::value(
+            "covariance",
+            format_args!("shape {}", info.shape()),
+            "a square matrix (d, d), or (G, d, d)",
+        ));
+    }
+    let kind = check_full_precision("covariance", &info)?;
+    check_route(wish)?;
+    let job = Job {
+        wish,
+        info: &info,
+        d,
+        kind,
+        wanted: wish.dtype.unwrap_or(kind),
+    };
+    let scale = largest("covariance", covariance)?;
+    let scaled = if scale == 0.0 {
+        covariance.f_detach_copy()?
+    } else {
+        covariance.f_div_scalar(scale)?
+    };
+    check_symmetric(&scaled, kind)?;
+    if grouped {
+        return of_groups(&job, &scaled, scale);
+    }
+    let trace = scaled.f_trace()?.f_double_value(&[])? * scale;
+    if scale > 0.0 {
+        if let Filter::Flat(tau) = wish.filter {
+            let large = job.wanted == Kind::Float && d >= LARGE && wish.route == Route::Auto;
+            let plain = matches!(wish.control, Control::None);
+            if tau > 0.0 && plain && (large || wish.route == Route::Polynomial) {
+                if let Some((factor, values, report)) = job.by_polynomial(&scaled, tau, trace)? {
+                    let singular_values = values.f_mul_scalar(scale)?;
+                    return Ok(Made {
+                        factor,
+                        singular_values,
+                        report,
+                    });
+                }
+            }
+        }
+    }
+    let (route, cost, [values, vectors]) = if wish.route == Route::Svd {
+        ("svd", 21.0, svd("covariance", &scaled, kind)?)
+    } else {
+        ("eigh", 9.0, eigh("covariance", &scaled, kind)?)
+    };
+    let values = values.f_clamp_min(0.0)?;
+    let scope = scope_of(&values, d, kind)?;
+    let factor = job.from_spectrum(&values, &vectors, &scope)?;
+    let bound = if scope.high - scope.low <= scope.rounding {
+        0.0
+    } else {
+        rounding(d, job.wanted) + job.reach(&values, &scope, kind)?
+    };
+    let flops = (cost + 1.0) * real(d).powi(3);
+    Ok(Made {
+        factor,
+        singular_values: values.f_flip([0_i64].as_slice())?.f_mul_scalar(scale)?,
+        report: job.report(route, flops, bound, trace),
+    })
+}
+
+/// T of each of several Ȳ, (G, d, d), by eigendecomposition (or SVD) of all.
+fn of_groups(job: &Job<'_>, scaled: &Tensor, scale: f64) -> Result<Made> {
+    let (groups, d, kind) = (job.info.sizes[0], job.d, job.kind);
+    if job.wish.route == Route::Polynomial {
+        return Err(Error::value(
+            "route",
+            "\"polynomial\" for several groups",
+            "\"auto\", \"eigh\" or \"svd\"",
+        ));
+    }
+    let by_svd = job.wish.route == Route::Svd;
+    let all = if by_svd {
+        None
+    } else {
+        Some(eigh("covariance", scaled, kind)?)
+    };
+    let (mut projectors, mut spectra) = (Vec::new(), Vec::new());
+    let (mut bound, mut trace) = (0.0_f64, 0.0);
+    for group in 0..groups {
+        let [values, vectors] = match &all {
+            Some([values, vectors]) => [values.f_select(0, group)?, vectors.f_select(0, group)?],
+            None => svd("covariance", &scaled.f_select(0, group)?, kind)?,
+        };
+        let values = values.f_clamp_min(0.0)?;
+        let scope = scope_of(&values, d, kind)?;
+        let factor = job.from_spectrum(&values, &vectors, &scope)?;
+        projectors.push(dense(&factor)?);
+        spectra.push(values.f_flip([0_i64].as_slice())?.f_mul_scalar(scale)?);
+        if scope.high - scope.low > scope.rounding {
+            bound = bound.max(rounding(d, job.wanted) + job.reach(&values, &scope, kind)?);
+        }
+        trace += scope.trace * scale;
+    }
+    let (route, cost) = if by_svd {
+        ("svd", 22.0)
+    } else {
+        ("eigh", 10.0)
+    };
+    let flops = cost * real(groups) * real(d).powi(3);
+    Ok(Made {
+        factor: Factor::Dense(Tensor::f_stack(&projectors, 0)?),
+        singular_values: Tensor::f_stack(&spectra, 0)?,
+        report: job.report(route, flops, bound, trace),
+    })
+}
+
+/// T from the r < d rows R whose `RᵀR` is Ȳ, without making Ȳ (Gram): `T = c (I − Rᵀ φ(R Rᵀ) R)`, `φ(λ) = (1 − σ(λ)/c)/λ`, and λ_min = 0.
+///
+/// [`Route::Eigh`] decomposes `R Rᵀ = U Λ Uᵀ` and returns `√φ Uᵀ R` in place of R; λ below the rounding d·ε·λ_max counts as 0.
+/// [`Route::Polynomial`] computes φ(R Rᵀ) itself, and tells λ_max alone. [`Route::Auto`]: a polynomial for a flat float32 T of 160 rows and
+/// more, if R Rᵀ without its dominant direction is small.
+pub fn from_rows(rows: &Tensor, wish: &Wish<'_>) -> Result<Made> {
     let info = aten::matrix("rows", rows)?;
     let kind = check_full_precision("rows", &info)?;
-    check_tau(tau)?;
+    check_route(wish)?;
     let [r, d, ..] = info.sizes;
     if r >= d {
         return Err(Error::value(
             "rows",
             format_args!("shape {}", info.shape()),
-            "fewer rows than columns; flat_projector takes the covariance of more",
+            "fewer rows than columns; make_projector takes the covariance of more",
         ));
     }
-    let wanted = dtype.unwrap_or(kind);
-    let options = (kind, info.home());
-    let identity = || Tensor::f_eye(d, (wanted, info.home()));
+    if wish.route == Route::Svd {
+        return Err(Error::value(
+            "route",
+            "\"svd\"",
+            "\"auto\", \"eigh\" or \"polynomial\" of the Gram matrix",
+        ));
+    }
+    let wanted = wish.dtype.unwrap_or(kind);
+    let job = Job {
+        wish,
+        info: &info,
+        d,
+        kind,
+        wanted,
+    };
     let scale = if r == 0 { 0.0 } else { largest("rows", rows)? };
     if scale == 0.0 {
-        return Ok((identity()?, Tensor::f_zeros([d], options)?));
+        return Ok(Made {
+            factor: Factor::Factored {
+                rows: Tensor::f_zeros([0, d], (wanted, info.home()))?,
+                core: None,
+                scale: 1.0,
+            },
+            singular_values: Tensor::f_zeros([d], (kind, info.home()))?,
+            report: job.report("gram", 0.0, 0.0, 0.0),
+        });
     }
-    let single = wanted == Kind::Float && tau <= POLYNOMIAL_TAU;
-    let kind = if single { Kind::Float } else { kind };
-    let scaled = rows.f_div_scalar(scale)?.f_to_dtype(kind, false, false)?;
-    let gram = symmetric_product(&scaled, &scaled.f_tr()?, r, kind, &info)?;
-    let [values, vectors] = eigh("rows", &gram, kind)?;
+    let plain = matches!(wish.control, Control::None);
+    let small = matches!(wish.filter, Filter::Flat(tau) if tau <= SMALL_EXPONENT);
+    let working = if wanted == Kind::Float && small && plain {
+        Kind::Float
+    } else {
+        kind
+    };
+    let scaled = rows
+        .f_div_scalar(scale)?
+        .f_to_dtype(working, false, false)?;
+    let gram = symmetric_product(&scaled, &scaled.f_tr()?, r, working, &info)?;
+    let mut flops = real(r) * real(r) * real(d);
+    let trace = gram.f_trace()?.f_double_value(&[])?;
+    let unit = scale * scale;
+    if let Filter::Flat(tau) = wish.filter {
+        let by_rule = working == Kind::Float && r >= LARGE && wish.route == Route::Auto;
+        if tau > 0.0 && plain && (by_rule || wish.route == Route::Polynomial) {
+            if let Some((core, high, bound, products)) = gram_by_polynomial(&job, &gram, tau)? {
+                flops += products * real(r).powi(3);
+                return Ok(Made {
+                    factor: Factor::Factored {
+                        rows: scaled.f_to_dtype(wanted, false, false)?,
+                        core: Some(core),
+                        scale: 1.0,
+                    },
+                    singular_values: Tensor::f_from_slice(&[high * unit, 0.0])?.f_to_dtype_layout(
+                        (kind, info.home()),
+                        false,
+                        false,
+                    )?,
+                    report: job.report("gram, polynomial", flops, bound, trace * unit),
+                });
+            }
+        }
+    }
+    let [values, vectors] = eigh("rows", &gram, working)?;
     let values = values.f_clamp_min(0.0)?;
-    let high = values.f_double_value(&[r - 1])?;
-    let rounding = values
-        .f_le(real(d) * epsilon(kind) * high)?
-        .f_sum(Kind::Int64)?
-        .f_int64_value(&[])?;
-    let singular_values = Tensor::f_zeros([d], options)?;
-    singular_values.f_narrow(0, 0, r - rounding)?.f_copy_(
+    let scope = scope_of(&values, d, working)?;
+    flops += 10.0 * real(r).powi(3) + 2.0 * real(r) * real(r) * real(d);
+    let singular_values = Tensor::f_zeros([d], (kind, info.home()))?;
+    let zero = count_up_to(&values, scope.rounding)?;
+    singular_values.f_narrow(0, 0, r - zero)?.f_copy_(
         &values
-            .f_narrow(0, rounding, r - rounding)?
+            .f_narrow(0, zero, r - zero)?
             .f_flip([0_i64].as_slice())?
-            .f_mul_scalar(scale)?
-            .f_mul_scalar(scale)?,
+            .f_mul_scalar(unit)?,
     )?;
-    if tau == 0.0 {
-        return Ok((identity()?, singular_values));
-    }
-    let negligible = if single { 0 } else { rounding };
-    let kept = r - negligible;
-    let values = values.f_narrow(0, negligible, kept)?;
-    // with z = τλ/λ_max: φ = (τ/λ_max) (1 − exp(−z))/z, where the last factor goes to 1 as z → 0
-    let z = values.f_mul_scalar(tau / high)?;
-    let share = z
-        .f_neg()?
-        .f_expm1()?
-        .f_neg()?
-        .f_div(&z)?
-        .f_nan_to_num(1.0, 1.0, 1.0)?;
-    let factor = share.f_mul_scalar(tau / high)?.f_sqrt()?;
-    let combination = vectors
-        .f_narrow(1, negligible, kept)?
-        .f_mul(&factor)?
-        .f_to_dtype(wanted, false, false)?;
-    let basis = scaled
-        .f_to_dtype(wanted, false, false)?
-        .f_tr()?
-        .f_mm(&combination)?;
-    Ok((
-        without(&basis, &basis.f_tr()?, d, wanted, &info)?,
+    let bound =
+        rounding(d, wanted) + job.reach(&values.f_narrow(0, zero, r - zero)?, &scope, working)?;
+    Ok(Made {
+        factor: job.of_gram(&scaled, (&values, &vectors), &scope, zero)?,
         singular_values,
-    ))
+        report: job.report("gram, eigh", flops, bound, trace * unit),
+    })
 }
 
-/// `k = P r`, `P ← P − k kᵀ/(α + rᵀk)` for one row r after the other (the recursion of OWM and MLA).
-///
-/// `normalise`: P is divided by its Frobenius norm after each row, as MLA released it.
-pub fn orthogonal_projector_(
-    projector: &mut Tensor,
-    rows: &Tensor,
-    alphas: &[f64],
-    normalise: bool,
-) -> Result<()> {
-    let info = check_square("projector", projector)?;
-    let kind = check_full_precision("projector", &info)?;
-    aten::unshared("projector", &info)?;
-    let other = aten::matrix("rows", rows)?;
-    let [n, d, ..] = other.sizes;
-    if d != info.sizes[0] || !other.is_beside(&info) {
-        return Err(Error::value(
-            "rows",
-            format_args!("shape {} on {}", other.shape(), other.device()),
-            format_args!(
-                "{} columns on {}, as projector",
-                info.sizes[0],
-                info.device()
-            ),
-        ));
+impl Job<'_> {
+    /// `c (I − BᵀB)` with `B = √φ Uᵀ R` from the eigenvalues, ascending, and eigenvectors of R Rᵀ.
+    fn of_gram(
+        &self,
+        rows: &Tensor,
+        (values, vectors): (&Tensor, &Tensor),
+        scope: &Scope,
+        zero: i64,
+    ) -> Result<Factor> {
+        let r = aten::describe_one(values)?.sizes[0];
+        let values = values.f_narrow(0, zero, r - zero)?;
+        let vectors = vectors.f_narrow(1, zero, r - zero)?;
+        let null_space = matches!(self.wish.filter, Filter::NullSpace(_));
+        let plain = matches!(self.wish.control, Control::None);
+        let Taken { shares, scale } = if plain && !null_space {
+            self.wish.filter.per_eigenvalue(&values, scope)?
+        } else {
+            self.wish.filter.taken(&values, scope)?
+        };
+        let basis = match self.wish.control {
+            Control::Scalar => {
+                let gone = shares.f_sum(Kind::Double)?.f_double_value(&[])?;
+                return scalar(
+                    scale * (1.0 - gone / real(self.d)),
+                    self.d,
+                    self.wanted,
+                    self.info,
+                );
+            }
+            Control::Random(noise) => {
+                random_basis(noise, (self.d, r - zero), self.wanted, self.info)?
+                    .f_flip([1_i64].as_slice())?
+            }
+            Control::None => {
+                let along = rows.f_tr()?.f_mm(&vectors)?;
+                if null_space {
+                    Tensor::f_linalg_qr(&along, "reduced")?.0
+                } else {
+                    along
+                }
+            }
+        };
+        let weights = shares.f_sqrt()?.f_to_dtype(basis.f_kind()?, false, false)?;
+        let rows = basis
+            .f_mul(&weights)?
+            .f_to_dtype(self.wanted, false, false)?;
+        Ok(Factor::Factored {
+            rows: rows.f_tr()?.f_contiguous()?,
+            core: None,
+            scale,
+        })
     }
-    if i64::try_from(alphas.len()) != Ok(n) {
-        return Err(Error::value(
-            "alphas",
-            format_args!("{} numbers", alphas.len()),
-            format_args!("{n}, one for each of rows"),
-        ));
-    }
-    for (index, &alpha) in alphas.iter().enumerate() {
-        if !alpha.is_finite() || alpha <= 0.0 {
-            return Err(Error::value(
-                format_args!("alphas[{index}]"),
-                alpha,
-                "a finite number > 0",
-            ));
-        }
-    }
-    if n == 0 {
-        return Ok(());
-    }
-    if info.is_cpu() {
-        largest("rows", rows)?;
-        largest("projector", projector)?;
-    }
-    let rows = rows.f_to_dtype(kind, false, false)?;
-    let mut p = projector.f_to_dtype(kind, false, true)?;
-    for (index, &alpha) in (0..n).zip(alphas) {
-        let r = rows.f_select(0, index)?;
-        let k = p.f_mv(&r)?;
-        // rᵀPr ≥ 0, save for rounding
-        let denominator = r.f_dot(&k)?.f_clamp_min(0.0)?.f_add_scalar(alpha)?;
-        let k = k.f_div(&denominator.f_sqrt()?)?;
-        let _in_place = p.f_addr_(&k, &k.f_neg()?)?;
-        if normalise {
-            let norm = p.f_norm()?;
-            let _in_place = p.f_div_(&norm)?;
-        }
-    }
-    Ok(projector.f_copy_(&p)?)
 }
 
-/// `T = T₁ T₂ ⋯`: several sources, the first one acts first.
-pub fn multiply(projectors: &[&Tensor]) -> Result<Tensor> {
-    let Some((first, others)) = projectors.split_first() else {
-        return Err(Error::value(
-            "projectors",
-            "an empty list",
-            "at least one matrix",
-        ));
-    };
-    let info = check_square("projectors[0]", first)?;
-    check_full_precision("projectors[0]", &info)?;
-    for (index, other) in others.iter().enumerate() {
-        let name = format!("projectors[{}]", index + 1);
-        let other = check_square(&name, other)?;
-        if other.sizes != info.sizes
-            || other.scalar_type != info.scalar_type
-            || !other.is_beside(&info)
-        {
-            return Err(Error::value(
-                name,
-                format_args!(
-                    "{} of shape {} on {}",
-                    other.dtype(),
-                    other.shape(),
-                    other.device()
-                ),
-                format_args!(
-                    "{} of shape {} on {}, as projectors[0]",
-                    info.dtype(),
-                    info.shape(),
-                    info.device()
-                ),
-            ));
-        }
+/// φ of the Gram matrix, λ_max, the error of T, and the products that it took; `None` if by the rule it is not worth it.
+fn gram_by_polynomial(
+    job: &Job<'_>,
+    gram: &Tensor,
+    tau: f64,
+) -> Result<Option<(Tensor, f64, f64, f64)>> {
+    let r = aten::describe_one(gram)?.sizes[0];
+    let forced = job.wish.route == Route::Polynomial;
+    let accuracy = tolerance(job.wanted);
+    let wide = gram.f_to_dtype(Kind::Double, false, false)?;
+    let split = deflate(&wide, (r, job.wanted, job.info), tau, accuracy)?;
+    let worthwhile = split.as_ref().is_some_and(|split| {
+        let high = split.top.as_ref().map_or(0.0, |top| top.value);
+        tau * split.bounds.1 <= SMALL_EXPONENT * high
+    });
+    if !forced && !worthwhile {
+        return Ok(None);
     }
-    let mut product = first.f_to_dtype(info.kind().unwrap_or(Kind::Float), false, true)?;
-    for other in others {
-        product = product.f_matmul(other)?;
-    }
-    Ok(product)
-}
-
-/// λ of Ȳ, descending, in float64 on the host; with `rows`, of `Ȳ = RᵀR` through the smaller of its two Gram matrices.
-pub fn singular_values(matrix: &Tensor, rows: bool) -> Result<Vec<f64>> {
-    let info = if rows {
-        aten::matrix("matrix", matrix)?
+    let (split, high) = if let Some(split) = split {
+        let high = split.top.as_ref().map_or(0.0, |top| top.value);
+        (split, high)
     } else {
-        check_square("matrix", matrix)?
+        let (low, high) = extremes(&wide, r, job.wanted)?;
+        let split = Deflated {
+            top: None,
+            rest: wide,
+            kind: Kind::Double,
+            bounds: (low, high),
+            flops: 0.0,
+        };
+        (split, high)
     };
-    let [n, d, ..] = info.sizes;
-    let size = usize::try_from(d).unwrap_or(0);
-    let mut values = vec![0.0; size];
-    if info.numel == 0 {
-        return Ok(values);
+    let found = split.per_eigenvalue((r, job.info), tau, high, accuracy)?;
+    let core = found
+        .value
+        .f_div_scalar(high)?
+        .f_to_dtype(job.wanted, false, false)?;
+    let given = aten::describe_one(gram)?.kind().unwrap_or(Kind::Float);
+    let reach = tau * epsilon(given) * (2.0 + 0.5 * real(r).sqrt());
+    let bound = found.error + accuracy + reach + (1.0 + tau) * rounding(job.d, job.wanted);
+    Ok(Some((core, high, bound, found.products)))
+}
+
+/// T itself, (d, d) or (G, d, d).
+pub fn dense(factor: &Factor) -> Result<Tensor> {
+    match factor {
+        Factor::Dense(t) => Ok(t.shallow_clone()),
+        Factor::Factored { rows, core, scale } => {
+            let info = aten::matrix("rows", rows)?;
+            let kind = check_full_precision("rows", &info)?;
+            let left = match core {
+                Some(core) => rows.f_tr()?.f_mm(core)?,
+                None => rows.f_tr()?.f_contiguous()?,
+            };
+            let mut t = symmetric_product(&left.f_neg()?, rows, info.last, kind, &info)?;
+            let _in_place = t.f_diagonal(0, 0, 1)?.f_add_scalar_(1.0)?;
+            if *scale != 1.0 {
+                t = t.f_mul_scalar_(*scale)?;
+            }
+            Ok(t)
+        }
     }
-    let matrix = matrix.f_to_dtype_layout((Kind::Double, tch::Device::Cpu), false, false)?;
-    let scale = largest("matrix", &matrix)?;
-    if scale == 0.0 {
-        return Ok(values);
-    }
-    let scaled = matrix.f_div_scalar(scale)?;
-    let (symmetric, unit) = if !rows {
-        (scaled, scale)
-    } else if n < d {
-        (scaled.f_matmul(&scaled.f_tr()?)?, scale * scale)
-    } else {
-        (scaled.f_tr()?.f_matmul(&scaled)?, scale * scale)
-    };
-    let ascending = eigvalsh("matrix", &symmetric, Kind::Double)?;
-    let count = size.min(usize::try_from(aten::describe_one(&ascending)?.numel).unwrap_or(0));
-    let mut found = vec![0.0_f64; count];
-    ascending.f_copy_data(&mut found, count)?;
-    for (value, found) in values.iter_mut().zip(found.iter().rev()) {
-        *value = found.max(0.0) * unit;
-    }
-    Ok(values)
 }
