@@ -49,8 +49,7 @@ def features(d: int, rows: int, setting: Setting, seed: int = 0) -> torch.Tensor
 
 def ours(seen: torch.Tensor, exact: torch.Tensor | None = None) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """T as igm_rs makes it by rule, as a matrix and as it is kept: from the rows while there are fewer than d."""
-    d = seen.shape[1]
-    if seen.shape[0] < d:
+    if seen.shape[0] < seen.shape[1]:
 
         def factored() -> Any:
             return _igm_rs.make_projector_from_rows(seen, "flat", TAU, dtype="float32")
@@ -62,7 +61,7 @@ def ours(seen: torch.Tensor, exact: torch.Tensor | None = None) -> tuple[Callabl
 
     def dense() -> Any:
         factor, lambdas, report = factored()
-        return (_igm_rs.dense_projector(factor, d),), lambdas, report
+        return (_igm_rs.dense_projector(factor),), lambdas, report
 
     return dense, factored
 
