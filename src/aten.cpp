@@ -5,6 +5,7 @@
 #include <ATen/TensorIterator.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_foreach_abs.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/_foreach_mul.h>
@@ -12,6 +13,9 @@
 #include <ATen/ops/_foreach_sign.h>
 #include <ATen/ops/_foreach_sub.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/sqrt_cpu_dispatch.h>
+#include <ATen/ops/where.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
@@ -165,13 +169,16 @@ int igm_same_shapes(const Handle* a, const Handle* b, size_t n, size_t* first_wr
 }
 
 // `lists` holds k lists of n tensors, one list after the other; a null handle stands for "none" and fits everywhere. fits[i] = 1: the i-th
-// tensors of all lists are ordinary CPU tensors of one dtype, float32 or float64, that fill one gapless range in the same order.
-int igm_fits(const Handle* lists, size_t k, size_t n, uint8_t* fits, IgmError error) {
+// tensors of all lists are ordinary CPU tensors of one dtype, float32 or float64 (with `halves` also float16 or bfloat16), that fill one
+// gapless range in the same order.
+int igm_fits(const Handle* lists, size_t k, size_t n, int32_t halves, uint8_t* fits, IgmError error) {
   return guarded(error, [&] {
     for (size_t i = 0; i < n; ++i) {
       const at::Tensor& first = *lists[i];
-      bool good = ordinary(first) && first.device().is_cpu() && (first.scalar_type() == at::kFloat || first.scalar_type() == at::kDouble) &&
-          first.is_non_overlapping_and_dense();
+      const at::ScalarType type = first.scalar_type();
+      const bool full = type == at::kFloat || type == at::kDouble;
+      const bool half = type == at::kHalf || type == at::kBFloat16;
+      bool good = ordinary(first) && first.device().is_cpu() && (full || (half && halves != 0)) && first.is_non_overlapping_and_dense();
       for (size_t j = 1; good && j < k; ++j) {
         const Handle other = lists[j * n + i];
         good = other == nullptr ||
@@ -208,6 +215,14 @@ int igm_writable(const Handle* tensors, size_t n, void** out, IgmError error) {
 // 1 in `fused` where torch's own kernels fuse multiplication and addition on this processor.
 int igm_fuses_multiply_add(uint8_t* fused, IgmError error) {
   return guarded(error, [&] { *fused = at::get_cpu_capability() != "DEFAULT" ? 1 : 0; });
+}
+
+// Roots in place, as torch takes them: not the last bit of what the processor's own instruction gives, where torch uses a library for it.
+int igm_sqrt_(void* data, int64_t n, int32_t kind, IgmError error) {
+  return guarded(error, [&] {
+    at::Tensor numbers = at::from_blob(data, {n}, at::TensorOptions().dtype(static_cast<at::ScalarType>(kind)));
+    at::cpu::sqrt_(numbers);
+  });
 }
 
 // body(context, begin, end) over parts of 0..n on the threads that torch's own kernels use. The loop is torch's, over n bytes that nobody
@@ -256,12 +271,38 @@ int igm_foreach_add_(const Handle* tensors, const Handle* others, size_t n, IgmE
   return guarded(error, [&] { at::_foreach_add_(gather(tensors, n), gather(others, n)); });
 }
 
+int igm_foreach_abs(const Handle* tensors, size_t n, at::Tensor** out, IgmError error) {
+  return guarded(error, [&] { give(at::_foreach_abs(gather(tensors, n)), out); });
+}
+
+int igm_foreach_sign(const Handle* tensors, size_t n, at::Tensor** out, IgmError error) {
+  return guarded(error, [&] { give(at::_foreach_sign(gather(tensors, n)), out); });
+}
+
+int igm_foreach_add_number_(const Handle* tensors, size_t n, double number, IgmError error) {
+  return guarded(error, [&] { at::_foreach_add_(gather(tensors, n), number); });
+}
+
+int igm_foreach_times_(const Handle* tensors, const Handle* others, size_t n, IgmError error) {
+  return guarded(error, [&] { at::_foreach_mul_(gather(tensors, n), gather(others, n)); });
+}
+
 int igm_foreach_sub(const Handle* tensors, const Handle* others, size_t n, at::Tensor** out, IgmError error) {
   return guarded(error, [&] { give(at::_foreach_sub(gather(tensors, n), gather(others, n)), out); });
 }
 
 int igm_foreach_copy_(const Handle* tensors, const Handle* sources, size_t n, IgmError error) {
   return guarded(error, [&] { at::_foreach_copy_(gather(tensors, n), gather(sources, n)); });
+}
+
+// tensors[i] <- condition ? tensors[i] : others[i], without looking at the condition here.
+int igm_where_(const Handle* tensors, const Handle* others, size_t n, Handle condition, IgmError error) {
+  return guarded(error, [&] {
+    for (size_t i = 0; i < n; ++i) {
+      at::Tensor tensor = *tensors[i];
+      at::where_out(tensor, *condition, tensor, *others[i]);
+    }
+  });
 }
 
 }  // extern "C"

@@ -1,7 +1,7 @@
 //! The ATen calls that tch lacks (`aten.cpp`), and one pass over the memory of many tensors on torch's own threads.
 
 use std::ffi::{c_char, c_void};
-use std::ops::AddAssign;
+use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, NoGradGuard, Tensor};
@@ -134,7 +134,14 @@ extern "C" {
         first_wrong: *mut usize,
         error: ErrorRoom,
     ) -> i32;
-    fn igm_fits(lists: *const Handle, k: usize, n: usize, fits: *mut u8, error: ErrorRoom) -> i32;
+    fn igm_fits(
+        lists: *const Handle,
+        k: usize,
+        n: usize,
+        halves: i32,
+        fits: *mut u8,
+        error: ErrorRoom,
+    ) -> i32;
     fn igm_readable(
         tensors: *const Handle,
         n: usize,
@@ -147,6 +154,7 @@ extern "C" {
         out: *mut *mut c_void,
         error: ErrorRoom,
     ) -> i32;
+    fn igm_sqrt_(data: *mut c_void, n: i64, kind: i32, error: ErrorRoom) -> i32;
     fn igm_fuses_multiply_add(fused: *mut u8, error: ErrorRoom) -> i32;
     fn igm_parallel_for(
         n: i64,
@@ -180,6 +188,27 @@ extern "C" {
         tensors: *const Handle,
         others: *const Handle,
         n: usize,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_foreach_abs(tensors: *const Handle, n: usize, out: Made, error: ErrorRoom) -> i32;
+    fn igm_foreach_sign(tensors: *const Handle, n: usize, out: Made, error: ErrorRoom) -> i32;
+    fn igm_foreach_add_number_(
+        tensors: *const Handle,
+        n: usize,
+        number: f64,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_foreach_times_(
+        tensors: *const Handle,
+        others: *const Handle,
+        n: usize,
+        error: ErrorRoom,
+    ) -> i32;
+    fn igm_where_(
+        tensors: *const Handle,
+        others: *const Handle,
+        n: usize,
+        condition: Handle,
         error: ErrorRoom,
     ) -> i32;
     fn igm_foreach_sub(
@@ -361,6 +390,16 @@ pub fn first_other_shape(a: &[&Tensor], b: &[&Tensor]) -> Result<Option<usize>> 
 
 /// For each index: can the fused loops take these tensors? CPU, float32 or float64, all of one dtype, dense, equally strided.
 pub fn fits(lists: &[&[Option<&Tensor>]]) -> Result<Vec<bool>> {
+    fitting(lists, false)
+}
+
+/// As [`fits`], and float16 and bfloat16 are taken too: for loops over [`Stored`] numbers.
+pub fn fits_stored(lists: &[&[Option<&Tensor>]]) -> Result<Vec<bool>> {
+    fitting(lists, true)
+}
+
+/// [`fits`], with or without half precision.
+fn fitting(lists: &[&[Option<&Tensor>]], halves: bool) -> Result<Vec<bool>> {
     let n = lists.first().map_or(0, |list| list.len());
     if lists.iter().any(|list| list.len() != n) {
         return Err(Error::value(
@@ -384,7 +423,16 @@ pub fn fits(lists: &[&[Option<&Tensor>]]) -> Result<Vec<bool>> {
         .collect();
     let mut fits = vec![0_u8; n];
     // SAFETY: k·n handles, n places to write to, none of the first n is null.
-    call(|error| unsafe { igm_fits(all.as_ptr(), lists.len(), n, fits.as_mut_ptr(), error) })?;
+    call(|error| unsafe {
+        igm_fits(
+            all.as_ptr(),
+            lists.len(),
+            n,
+            i32::from(halves),
+            fits.as_mut_ptr(),
+            error,
+        )
+    })?;
     Ok(fits.into_iter().map(|byte| byte != 0).collect())
 }
 
@@ -520,6 +568,67 @@ pub fn foreach_add_(tensors: &[&Tensor], others: &[&Tensor]) -> Result<()> {
     let (list, other) = (handles(tensors), handles(others));
     // SAFETY: two arrays of n handles.
     call(|error| unsafe { igm_foreach_add_(list.as_ptr(), other.as_ptr(), list.len(), error) })
+}
+
+/// |tensors[i]|.
+pub fn foreach_abs(tensors: &[&Tensor]) -> Result<Vec<Tensor>> {
+    if tensors.is_empty() {
+        return Ok(Vec::new());
+    }
+    let list = handles(tensors);
+    // SAFETY: n handles, room for n results.
+    made(list.len(), |out, error| unsafe {
+        igm_foreach_abs(list.as_ptr(), list.len(), out, error)
+    })
+}
+
+/// The sign of each element: −1, 0 or 1.
+pub fn foreach_sign(tensors: &[&Tensor]) -> Result<Vec<Tensor>> {
+    if tensors.is_empty() {
+        return Ok(Vec::new());
+    }
+    let list = handles(tensors);
+    // SAFETY: n handles, room for n results.
+    made(list.len(), |out, error| unsafe {
+        igm_foreach_sign(list.as_ptr(), list.len(), out, error)
+    })
+}
+
+/// Each tensor += number.
+pub fn foreach_add_number_(tensors: &[&Tensor], number: f64) -> Result<()> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let list = handles(tensors);
+    // SAFETY: n handles.
+    call(|error| unsafe { igm_foreach_add_number_(list.as_ptr(), list.len(), number, error) })
+}
+
+/// tensors[i] *= others[i].
+pub fn foreach_times_(tensors: &[&Tensor], others: &[&Tensor]) -> Result<()> {
+    paired(tensors, others)?;
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    let (list, other) = (handles(tensors), handles(others));
+    // SAFETY: two arrays of n handles.
+    call(|error| unsafe { igm_foreach_times_(list.as_ptr(), other.as_ptr(), list.len(), error) })
+}
+
+/// tensors[i] ← condition ? tensors[i] : others[i]; the condition, a 0-dim bool tensor, is looked at where the tensors are.
+pub fn where_(tensors: &[&Tensor], others: &[&Tensor], condition: &Tensor) -> Result<()> {
+    paired(tensors, others)?;
+    let (list, other) = (handles(tensors), handles(others));
+    // SAFETY: two arrays of n handles, and one handle.
+    call(|error| unsafe {
+        igm_where_(
+            list.as_ptr(),
+            other.as_ptr(),
+            list.len(),
+            condition.as_ptr(),
+            error,
+        )
+    })
 }
 
 /// tensors[i] − others[i].
@@ -691,8 +800,20 @@ pub fn run<L: Loop>(body: L) -> L::Out {
     }
 }
 
-/// A dtype of the fused loops.
-pub trait Real: Copy + PartialEq + Default + Send + Sync + 'static {
+/// A dtype that the fused loops compute in.
+pub trait Real:
+    Copy
+    + PartialOrd
+    + Default
+    + Send
+    + Sync
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + 'static
+{
     /// The number zero.
     const ZERO: Self;
     /// Counter as wide as the number, so that counting stays in the vector unit.
@@ -703,10 +824,12 @@ pub trait Real: Copy + PartialEq + Default + Send + Sync + 'static {
     fn wide(self) -> f64;
     /// self · b + c.
     fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self;
-    /// self · b.
-    fn mul(self, b: Self) -> Self;
-    /// −self.
-    fn neg(self) -> Self;
+    /// |self|.
+    fn abs(self) -> Self;
+    /// numbers[i] ← √numbers[i], with torch's own bits: its library of roots is off by one in the last place now and then.
+    fn sqrt_(numbers: &mut [Self]);
+    /// −1, 0 or 1; 0 for NaN.
+    fn sign(self) -> Self;
     /// 1 if `yes`, else 0.
     fn one(yes: bool) -> Self::Count;
     /// The counter as a whole number.
@@ -715,7 +838,7 @@ pub trait Real: Copy + PartialEq + Default + Send + Sync + 'static {
 
 /// [`Real`] for f32 and f64, which differ in the width of the counter only.
 macro_rules! real {
-    ($float:ty, $count:ty) => {
+    ($float:ty, $count:ty, $type:expr) => {
         impl Real for $float {
             const ZERO: Self = 0.0;
             type Count = $count;
@@ -741,13 +864,28 @@ macro_rules! real {
             }
 
             #[inline(always)]
-            fn mul(self, b: Self) -> Self {
-                self * b
+            fn abs(self) -> Self {
+                <$float>::abs(self)
+            }
+
+            fn sqrt_(numbers: &mut [Self]) {
+                let asked = i64::try_from(numbers.len()).is_ok_and(|n| {
+                    // SAFETY: n numbers of this dtype, which are ours alone.
+                    call(|error| unsafe { igm_sqrt_(numbers.as_mut_ptr().cast(), n, $type, error) })
+                        .is_ok()
+                });
+                if !asked {
+                    // torch had no memory for the call: a root in the middle of a step must not fail
+                    for number in numbers {
+                        *number = number.sqrt();
+                    }
+                }
             }
 
             #[inline(always)]
-            fn neg(self) -> Self {
-                -self
+            fn sign(self) -> Self {
+                let (positive, negative) = (self > 0.0, self < 0.0);
+                (if positive { 1.0 } else { 0.0 }) - (if negative { 1.0 } else { 0.0 })
             }
 
             #[inline(always)]
@@ -763,5 +901,123 @@ macro_rules! real {
     };
 }
 
-real!(f32, u32);
-real!(f64, u64);
+real!(f32, u32, 6);
+real!(f64, u64, 7);
+
+/// A dtype that the fused loops read and write; what they compute in is as wide, or float32.
+pub trait Stored: Copy + Send + Sync + 'static {
+    /// What is computed in.
+    type Number: Real;
+    /// The number, exactly.
+    fn load(self) -> Self::Number;
+    /// The number, rounded to the nearest, ties to even.
+    fn store(number: Self::Number) -> Self;
+}
+
+/// [`Stored`] for what is computed in as it is.
+macro_rules! stored {
+    ($float:ty) => {
+        impl Stored for $float {
+            type Number = Self;
+
+            #[inline(always)]
+            fn load(self) -> Self {
+                self
+            }
+
+            #[inline(always)]
+            fn store(number: Self) -> Self {
+                number
+            }
+        }
+    };
+}
+
+stored!(f32);
+stored!(f64);
+
+/// The bits of a bfloat16: the upper half of a float32.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Bf16(u16);
+
+impl Stored for Bf16 {
+    type Number = f32;
+
+    #[inline(always)]
+    fn load(self) -> f32 {
+        f32::from_bits(u32::from(self.0) << 16)
+    }
+
+    #[allow(clippy::cast_possible_truncation)] // the upper half is moved down first
+    #[inline(always)]
+    fn store(number: f32) -> Self {
+        let bits = number.to_bits();
+        let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
+        let undefined = (bits & 0x7FFF_FFFF) > 0x7F80_0000;
+        Self(if undefined { 0x7FC0 } else { rounded as u16 })
+    }
+}
+
+/// The bits of a float16: sign, 5 bits of exponent, 10 of mantissa.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct F16(u16);
+
+impl Stored for F16 {
+    type Number = f32;
+
+    // As in c10: the exponent is moved to its place, and a multiplication or subtraction in float32 takes the bias off, so that there is
+    // no branch for subnormal numbers.
+    #[inline(always)]
+    fn load(self) -> f32 {
+        let word = u32::from(self.0) << 16;
+        let sign = word & 0x8000_0000;
+        let twice = word << 1;
+        let down = f32::from_bits(0x0780_0000); // 2^−112
+        let normal = f32::from_bits((twice >> 4) + (0xE0 << 23)) * down;
+        let subnormal = f32::from_bits((twice >> 17) | (126 << 23)) - 0.5;
+        let size = if twice < 1 << 27 { subnormal } else { normal };
+        f32::from_bits(sign | size.to_bits())
+    }
+
+    #[allow(clippy::cast_possible_truncation)] // 16 bits are left
+    #[inline(always)]
+    fn store(number: f32) -> Self {
+        let word = number.to_bits();
+        let twice = word << 1;
+        let sign = (word & 0x8000_0000) >> 16;
+        let (up, down) = (f32::from_bits(0x7780_0000), f32::from_bits(0x0880_0000)); // 2^112, 2^−110
+        let size = (number.abs() * up) * down;
+        let exponent = (twice & 0xFF00_0000).max(0x7100_0000);
+        let bits = (f32::from_bits((exponent >> 1) + 0x0780_0000) + size).to_bits();
+        let finite = ((bits >> 13) & 0x7C00) + (bits & 0x0FFF);
+        let undefined = twice > 0xFF00_0000;
+        Self((sign | if undefined { 0x7E00 } else { finite }) as u16)
+    }
+}
+
+/// Runs an expression with `$T` standing for how a tensor of this description is stored.
+macro_rules! with_stored {
+    ($info:expr, $T:ident => $body:expr) => {
+        match $info.kind() {
+            Some(tch::Kind::Double) => {
+                type $T = f64;
+                $body
+            }
+            Some(tch::Kind::Half) => {
+                type $T = $crate::aten::F16;
+                $body
+            }
+            Some(tch::Kind::BFloat16) => {
+                type $T = $crate::aten::Bf16;
+                $body
+            }
+            _ => {
+                type $T = f32;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_stored;

@@ -6,7 +6,7 @@ use crate::aten::{self, Info};
 use crate::error::{Error, Result};
 
 /// The dtype that rows, sums and covariances are kept in: float64 on the CPU, elsewhere at least float32.
-fn working_kind(info: &Info) -> Kind {
+pub fn working_kind(info: &Info) -> Kind {
     if info.is_cpu() || info.kind() == Some(Kind::Double) {
         Kind::Double
     } else {
@@ -78,7 +78,9 @@ impl Reduce {
 }
 
 /// `z̄ = (1/n_B) Σ_i z_i` for each position between the first and the last dimension, or all z_i; a new matrix of d columns.
-pub fn batch_rows(features: &Tensor, reduce: Reduce) -> Result<Tensor> {
+///
+/// With `augment` a constant 1 stands behind them: `[W b] [z; 1] = W z + b`.
+pub fn batch_rows(features: &Tensor, reduce: Reduce, augment: bool) -> Result<Tensor> {
     let info = aten::describe_one(features)?;
     aten::floating("features", &info)?;
     let (batch, d) = (info.sizes[0], info.last);
@@ -91,17 +93,26 @@ pub fn batch_rows(features: &Tensor, reduce: Reduce) -> Result<Tensor> {
     }
     let kind = working_kind(&info);
     if info.numel == 0 {
-        return Ok(Tensor::f_empty([0, d], (kind, info.home()))?);
+        let width = d + i64::from(augment);
+        return Ok(Tensor::f_empty([0, width], (kind, info.home()))?);
     }
-    match reduce {
-        Reduce::Mean => Ok(features
+    let rows = match reduce {
+        Reduce::Mean => features
             .f_mean_dim([0_i64].as_slice(), false, kind)?
-            .f_reshape([info.numel / (batch * d), d])?),
+            .f_reshape([info.numel / (batch * d), d])?,
+        Reduce::Samples if augment => features.f_reshape([info.numel / d, d])?,
         Reduce::Samples => {
-            let rows = features.f_reshape([info.numel / d, d])?;
-            Ok(rows.f_to_dtype(kind, false, true)?)
+            return Ok(features
+                .f_reshape([info.numel / d, d])?
+                .f_to_dtype(kind, false, true)?)
         }
+    };
+    if !augment {
+        return Ok(rows);
     }
+    let augmented = Tensor::f_ones([rows.size()[0], d + 1], (kind, info.home()))?;
+    augmented.f_narrow(1, 0, d)?.f_copy_(&rows)?;
+    Ok(augmented)
 }
 
 /// Copies the finite rows behind the `used` ones; returns the new number of used rows and how many were left out.

@@ -1,5 +1,6 @@
 //! `igm_rs._igm_rs`: the arithmetic of interactive multimodal learning by flat gradient modification. This file is the table of contents.
 
+mod adam;
 mod aten;
 mod covariance;
 mod error;
@@ -13,6 +14,7 @@ mod sam;
 mod schedule;
 mod sgd;
 mod spectrum;
+mod unfold;
 
 use pyo3::prelude::*;
 
@@ -25,8 +27,9 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_VERSION", env!("IGM_TORCH_VERSION"))?;
     module.add("DEBUG", cfg!(debug_assertions))?;
-    // Eq. (2): covariance.rs
+    // Eq. (2): covariance.rs, unfold.rs
     module.add_function(wrap_pyfunction!(python::covariance::batch_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(python::covariance::conv_rows, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::append_rows_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::accumulate_, module)?)?;
     module.add_function(wrap_pyfunction!(python::covariance::add_rows_, module)?)?;
@@ -55,13 +58,16 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
         python::projector::singular_values,
         module
     )?)?;
-    // Eqs. (6)–(8): sam.rs, sgd.rs
+    // Eqs. (6)–(8): sam.rs, sgd.rs, adam.rs
     module.add_function(wrap_pyfunction!(python::sam::gradient_norm, module)?)?;
     module.add_function(wrap_pyfunction!(python::sam::perturb_, module)?)?;
     module.add_function(wrap_pyfunction!(python::sam::restore_, module)?)?;
     module.add_function(wrap_pyfunction!(python::sam::at_perturbed, module)?)?;
     module.add_function(wrap_pyfunction!(python::sam::sgd_step_, module)?)?;
     module.add_function(wrap_pyfunction!(python::sam::sgd_step_possible, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sam::adam_step_, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sam::adam_step_possible, module)?)?;
+    module.add_function(wrap_pyfunction!(python::sam::select_, module)?)?;
     // Algorithm 1, lines 1–2, 8–9: schedule.rs
     module.add_function(wrap_pyfunction!(
         python::schedule::previous_modality,

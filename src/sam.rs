@@ -1,8 +1,8 @@
-//! The perturbation of the weights and its way back: Eqs. (6)–(8), `ε* = ρ g / ‖g‖₂`.
+//! The perturbation of the weights and its way back: Eqs. (6)–(8), `ε* = ρ g / ‖g‖₂`, and its kin (p = ∞, adaptive).
 
 use tch::{Kind, Tensor};
 
-use crate::aten::{self, Info, Loop, Real};
+use crate::aten::{self, with_stored, Info, Loop, Real, Stored};
 use crate::error::{Error, Result};
 
 /// Accumulators of a sum. Numbers are dealt out to them in turn: an order that a vector unit can keep.
@@ -10,6 +10,53 @@ pub const LANES: usize = 8;
 
 /// Elements that one loop after another goes over while they are in the nearest cache.
 pub const BLOCK: usize = 1024;
+
+/// η of adaptive SAM: T = |θ| + η, so that a weight of zero moves too (Kwon et al., "ASAM", 2021).
+const ETA: f64 = 0.01;
+
+/// Which perturbation: that of the paper, or one of its kin. T = |θ| + η is a diagonal matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// `ε* = ρ g / ‖g‖₂` (Eq. (7)).
+    Paper,
+    /// `ε* = ρ T² g / ‖T g‖₂`.
+    Adaptive,
+    /// p = ∞: `ε* = ρ sign(g)`.
+    Sign,
+    /// p = ∞, adaptive: `ε* = ρ T sign(g)`.
+    AdaptiveSign,
+}
+
+impl Rule {
+    /// From the options that Python has.
+    pub fn of(p: f64, adaptive: bool) -> Result<Self> {
+        if p.to_bits() == 2.0_f64.to_bits() {
+            Ok(if adaptive {
+                Self::Adaptive
+            } else {
+                Self::Paper
+            })
+        } else if p == f64::INFINITY {
+            Ok(if adaptive {
+                Self::AdaptiveSign
+            } else {
+                Self::Sign
+            })
+        } else {
+            Err(Error::value("p", p, "2 or inf"))
+        }
+    }
+
+    /// Is p = ∞? Then the scale is ρ instead of ρ/‖·‖.
+    fn is_sign(self) -> bool {
+        matches!(self, Self::Sign | Self::AdaptiveSign)
+    }
+
+    /// Is T used?
+    fn is_adaptive(self) -> bool {
+        matches!(self, Self::Adaptive | Self::AdaptiveSign)
+    }
+}
 
 /// sums += left(a, b) · right(a, b), in float64.
 #[inline(always)]
@@ -34,17 +81,39 @@ pub fn add_products<T: Real>(
 
 /// How many pairs satisfy the condition?
 #[inline(always)]
-fn count<T: Real>(a: &[T], b: &[T], condition: impl Fn(T, T) -> bool) -> u64 {
-    let mut counter = T::Count::default();
-    for (&a, &b) in a.iter().zip(b) {
-        counter += T::one(condition(a, b));
+fn count<S: Stored>(a: &[S], b: &[S], condition: impl Fn(S::Number, S::Number) -> bool) -> u64 {
+    let mut counter = <S::Number as Real>::Count::default();
+    for (a, b) in a.iter().zip(b) {
+        counter += S::Number::one(condition(a.load(), b.load()));
     }
-    T::counted(counter)
+    S::Number::counted(counter)
+}
+
+/// The squares of a function of pairs, dealt out to lanes; in float64.
+#[inline(always)]
+fn add_squares<S: Stored>(
+    sums: &mut [f64; LANES],
+    a: &[S],
+    b: &[S],
+    value: impl Fn(S::Number, S::Number) -> f64,
+) {
+    let (blocks_a, tail_a) = a.as_chunks::<LANES>();
+    let (blocks_b, tail_b) = b.as_chunks::<LANES>();
+    for (a, b) in blocks_a.iter().zip(blocks_b) {
+        for lane in 0..LANES {
+            let x = value(a[lane].load(), b[lane].load());
+            sums[lane] += x * x;
+        }
+    }
+    for ((sum, a), b) in sums.iter_mut().zip(tail_a).zip(tail_b) {
+        let x = value(a.load(), b.load());
+        *sum += x * x;
+    }
 }
 
 /// Indices of a list of tensors, by what computes on them.
 struct Paths {
-    /// CPU float32/float64, dense and equally strided: the fused loops.
+    /// CPU, dense and equally strided: the fused loops.
     fused: Vec<usize>,
     /// The rest: multi-tensor operations of torch.
     general: Vec<usize>,
@@ -59,7 +128,7 @@ impl Paths {
             .collect();
         let lists: Vec<&[Option<&Tensor>]> = lists.iter().map(Vec::as_slice).collect();
         let (mut fused, mut general) = (Vec::new(), Vec::new());
-        for (index, fits) in aten::fits(&lists)?.into_iter().enumerate() {
+        for (index, fits) in aten::fits_stored(&lists)?.into_iter().enumerate() {
             if fits {
                 fused.push(index);
             } else {
@@ -91,12 +160,12 @@ pub fn numels(infos: &[Info]) -> Vec<usize> {
         .collect()
 }
 
-/// Size of each tensor in bytes, float32 or float64.
+/// Size of each tensor in bytes.
 pub fn bytes(infos: &[Info]) -> Vec<usize> {
     infos
         .iter()
         .zip(numels(infos))
-        .map(|(info, numel)| numel * if is_double(info) { 8 } else { 4 })
+        .map(|(info, numel)| numel * with_stored!(info, T => size_of::<T>()))
         .collect()
 }
 
@@ -191,56 +260,129 @@ pub fn check_disjoint(lists: &[(&[usize], bool)], bytes: &[usize]) -> Result<()>
     Ok(())
 }
 
-/// Σ x², in float64.
-struct SquareSum<'a, T>(&'a [T]);
+/// Σ g², or Σ (T g)² with T = |θ| + η, in float64.
+struct SquareSum<'a, S> {
+    /// g.
+    gradients: &'a [S],
+    /// θ, where T is used.
+    weights: Option<&'a [S]>,
+}
 
-impl<T: Real> Loop for SquareSum<'_, T> {
+impl<S: Stored> Loop for SquareSum<'_, S> {
     type Out = f64;
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> f64 {
         let mut sums = [0.0; LANES];
-        add_products(&mut sums, self.0, self.0, |x, _| x.wide(), |x, _| x.wide());
+        let g = self.gradients;
+        match self.weights {
+            None => add_squares(&mut sums, g, g, |g, _| g.wide()),
+            Some(theta) => add_squares(&mut sums, g, theta, |g, theta| {
+                (theta.wide().abs() + ETA) * g.wide()
+            }),
+        }
         sums.iter().sum()
     }
 }
 
-/// `‖g‖₂` over all gradients (the denominator of Eq. (7)).
+/// `‖g‖₂` over all gradients (the denominator of Eq. (7)); with weights `‖T g‖₂`, T = |θ| + η.
 ///
 /// CPU: float64, summed in an order that does not depend on the number of threads. Elsewhere: per-tensor norms in at least float32, then
 /// the norm of these. An empty list has norm 0.
-pub fn gradient_norm(gradients: &[&Tensor]) -> Result<Tensor> {
+pub fn gradient_norm(gradients: &[&Tensor], weights: Option<&[&Tensor]>) -> Result<Tensor> {
     let infos = check_list("gradients", gradients)?;
+    let described = match weights {
+        Some(weights) => Some(check_beside(
+            "weights",
+            weights,
+            "gradients",
+            gradients,
+            &infos,
+        )?),
+        None => None,
+    };
+    let mut lists = vec![gradients];
+    lists.extend(weights);
+    let Paths { fused, general } = if infos.first().is_some_and(|info| !info.is_cpu()) {
+        Paths {
+            fused: Vec::new(),
+            general: (0..gradients.len()).collect(),
+        }
+    } else {
+        Paths::of(&lists)?
+    };
+    let left = pick(gradients, &general);
+    let owned: Vec<Tensor> = match (weights, &described) {
+        (Some(weights), Some(theirs)) => {
+            let kinds: Vec<Kind> = pick(&infos, &general)
+                .iter()
+                .zip(pick(theirs, &general))
+                .map(|(a, b)| norm_kind(a, &b))
+                .collect();
+            adapted(&left, &pick(weights, &general), &kinds)?
+        }
+        _ => Vec::new(),
+    };
+    let left = if weights.is_some() {
+        borrowed(&owned)
+    } else {
+        left
+    };
     if infos.first().is_some_and(|info| !info.is_cpu()) {
-        return Ok(gathered(gradients, &infos, aten::foreach_norm)?.f_norm()?);
+        return Ok(gathered(&left, &aten::describe(&left)?, aten::foreach_norm)?.f_norm()?);
     }
-    let Paths { fused, general } = Paths::of(&[gradients])?;
     let kept = pick(&infos, &fused);
-    let memory = aten::readable(
-        &pick(gradients, &fused)
-            .into_iter()
-            .map(Some)
-            .collect::<Vec<_>>(),
-    )?;
+    let memory = aten::readable(&optional(&pick(gradients, &fused)))?;
+    let thetas = aten::readable(&optional(&pick(weights.unwrap_or_default(), &fused)))?;
     let sums: Vec<f64> = aten::for_chunks(&numels(&kept), |sum: &mut f64, span| {
         let (Some(&address), Some(info)) = (memory.get(span.tensor), kept.get(span.tensor)) else {
             return;
         };
-        // SAFETY: `address` and the dtype belong to the tensor that `span` is of; the GIL keeps it alive and unchanged.
-        *sum += unsafe {
-            if is_double(info) {
-                aten::run(SquareSum::<f64>(aten::slice(address, span)))
-            } else {
-                aten::run(SquareSum::<f32>(aten::slice(address, span)))
-            }
-        };
+        let theta = thetas.get(span.tensor).copied();
+        // SAFETY: the addresses and the dtype belong to the tensors that `span` is of; the GIL keeps them alive and unchanged.
+        *sum += with_stored!(info, S => unsafe {
+            aten::run(SquareSum::<S> {
+                gradients: aten::slice(address, span),
+                weights: theta.map(|theta| aten::slice(theta, span)),
+            })
+        });
     })?;
     let mut sum = sums.iter().fold(0.0, |sum, part| sum + part);
-    for norm in aten::foreach_norm(&pick(gradients, &general), Some(Kind::Double))? {
+    for norm in aten::foreach_norm(&left, Some(Kind::Double))? {
         let norm = norm.f_double_value(&[])?;
         sum += norm * norm;
     }
     Ok(Tensor::f_from_slice(&[sum.sqrt()])?.f_squeeze()?)
+}
+
+/// The dtype in which T g is computed for its norm: float64 on the CPU or if one of both has it, else float32.
+fn norm_kind(a: &Info, b: &Info) -> Kind {
+    if a.is_cpu() || is_double(a) || is_double(b) {
+        Kind::Double
+    } else {
+        Kind::Float
+    }
+}
+
+/// T g, each in its own dtype of `kinds`.
+fn adapted(gradients: &[&Tensor], weights: &[&Tensor], kinds: &[Kind]) -> Result<Vec<Tensor>> {
+    let convert = |tensors: &[&Tensor]| -> Result<Vec<Tensor>> {
+        tensors
+            .iter()
+            .zip(kinds)
+            .map(|(tensor, &kind)| Ok(tensor.f_to_dtype(kind, false, false)?))
+            .collect()
+    };
+    let scales = scales(&borrowed(&convert(weights)?))?;
+    aten::foreach_times_(&borrowed(&scales), &borrowed(&convert(gradients)?))?;
+    Ok(scales)
+}
+
+/// T = |θ| + η.
+fn scales(weights: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let scales = aten::foreach_abs(weights)?;
+    aten::foreach_add_number_(&borrowed(&scales), ETA)?;
+    Ok(scales)
 }
 
 /// One number of each tensor, gathered in one tensor; the dtype: float64 on the CPU or if a tensor has it, else float32.
@@ -276,24 +418,26 @@ struct Measure {
     nonzero: u64,
 }
 
-/// `before ← θ; θ ← θ + s·g`, and what it came to, in one pass.
-struct Perturb<'a, T> {
+/// `before ← θ; θ ← θ + ε`, and what it came to, in one pass.
+struct Perturb<'a, S: Stored> {
     /// θ.
-    params: &'a mut [T],
+    params: &'a mut [S],
     /// g.
-    gradients: &'a [T],
+    gradients: &'a [S],
     /// Where θ is kept.
-    before: &'a mut [T],
-    /// s = ρ/‖g‖, rounded to the dtype.
-    scale: T,
+    before: &'a mut [S],
+    /// s = ρ/‖·‖ or ρ, rounded to what is computed in.
+    scale: S::Number,
+    /// What ε is.
+    rule: Rule,
+    /// Whether the caller asks what it came to.
+    measure: bool,
 }
 
-impl<T: Real> Loop for Perturb<'_, T> {
-    type Out = Measure;
-
+impl<S: Stored> Perturb<'_, S> {
+    /// The pass with ε as a function of θ and g. Each operation is rounded, as by the multi-tensor operations of the general path.
     #[inline(always)]
-    fn run<const FMA: bool>(self) -> Measure {
-        let scale = self.scale;
+    fn pass(self, epsilon: impl Fn(S::Number, S::Number) -> S::Number) -> Measure {
         let mut squares = [0.0; LANES];
         let mut measure = Measure::default();
         let params = self.params.chunks_mut(BLOCK);
@@ -304,20 +448,37 @@ impl<T: Real> Loop for Perturb<'_, T> {
             for ((param, before), gradient) in both.zip(gradients) {
                 let old = *param;
                 *before = old;
-                *param = scale.mul_add::<FMA>(*gradient, old);
+                let theta = old.load();
+                *param = S::store(theta + epsilon(theta, gradient.load()));
             }
-            add_products(
-                &mut squares,
-                params,
-                before,
-                |new, old| new.wide() - old.wide(),
-                |new, old| new.wide() - old.wide(),
-            );
-            measure.moved += count(params, before, |new, old| new != old);
-            measure.nonzero += count(gradients, gradients, |gradient, _| gradient != T::ZERO);
+            if self.measure {
+                add_squares(&mut squares, params, before, |new, old| {
+                    new.wide() - old.wide()
+                });
+                measure.moved += count(params, before, |new, old| new != old);
+                measure.nonzero += count(gradients, gradients, |gradient, _| {
+                    gradient != <S::Number as Real>::ZERO
+                });
+            }
         }
         measure.squares = squares.iter().sum();
         measure
+    }
+}
+
+impl<S: Stored> Loop for Perturb<'_, S> {
+    type Out = Measure;
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Measure {
+        let (scale, eta) = (self.scale, S::Number::rounded(ETA));
+        let t = |theta: S::Number| theta.abs() + eta;
+        match self.rule {
+            Rule::Paper => self.pass(|_, g| g * scale),
+            Rule::Adaptive => self.pass(|theta, g| t(theta) * g * t(theta) * scale),
+            Rule::Sign => self.pass(|_, g| g.sign() * scale),
+            Rule::AdaptiveSign => self.pass(|theta, g| t(theta) * g.sign() * scale),
+        }
     }
 }
 
@@ -336,6 +497,7 @@ fn check_perturb(
     before: &[&Tensor],
     norm: &Tensor,
     rhos: &[f64],
+    rule: Rule,
 ) -> Result<Checked> {
     let infos = check_list("params", params)?;
     check_unshared("params", &infos)?;
@@ -387,17 +549,18 @@ fn check_perturb(
         return Err(Error::arithmetic("norm", norm, "a finite number > 0"));
     }
     for (index, (rho, info)) in rhos.iter().zip(&infos).enumerate() {
-        let scale = rho / norm;
+        let scale = if rule.is_sign() { *rho } else { rho / norm };
         let fits = if is_double(info) {
             scale.is_finite()
         } else {
             f32::rounded(scale).is_finite()
         };
         if !fits {
+            let divided = if rule.is_sign() { "" } else { " / norm" };
             return Err(Error::arithmetic(
-                format_args!("rhos[{index}] / norm"),
+                format_args!("rhos[{index}]{divided}"),
                 scale,
-                format_args!("a number within the range of {}", info.dtype()),
+                format_args!("a number within the range of {}", work_name(info)),
             ));
         }
     }
@@ -405,23 +568,25 @@ fn check_perturb(
     Ok(Checked { infos, norm })
 }
 
-/// `before ← θ`, `θ ← θ + ε*` with `ε* = ρ g / ‖g‖₂` (Eq. (7)).
+/// `before ← θ`, `θ ← θ + ε*` with `ε* = ρ g / ‖g‖₂` (Eq. (7)), or what else the rule says; `norm` is then ‖T g‖₂.
 ///
-/// The scale ρ/‖g‖ is computed in float64 and rounded to the tensor's dtype, as torch does with `alpha` of `add_`. Realised is
-/// what the weights have really moved by, θ_after − before; small ρ is lost in the rounding of θ. If ‖g‖ is zero or not finite, that is
-/// an error on the CPU, and elsewhere nothing moves.
+/// The scale ρ/‖g‖ is computed in float64 and rounded to the dtype that ε is computed in: the tensor's, or float32 for half precision.
+/// ε is rounded to it, then the sum; half precision once more. Realised is what the weights have really moved by, θ_after − before; small ρ
+/// is lost in the rounding of θ. If ‖g‖ is zero or not finite, that is an error on the CPU, and elsewhere nothing moves.
 pub fn perturb_(
     params: &[&Tensor],
     gradients: &[&Tensor],
     before: &[&Tensor],
     norm: &Tensor,
     rhos: &[f64],
+    rule: Rule,
     measure: bool,
 ) -> Result<Option<Tensor>> {
-    let checked = check_perturb(params, gradients, before, norm, rhos)?;
+    let checked = check_perturb(params, gradients, before, norm, rhos, rule)?;
     let Paths { fused, general } = Paths::of(&[params, gradients, before])?;
     let mut total = Measure::default();
     if let Some(norm) = checked.norm {
+        let norm = if rule.is_sign() { 1.0 } else { norm };
         let scales: Vec<f64> = pick(rhos, &fused).iter().map(|rho| rho / norm).collect();
         total = perturb_fused(
             &pick(params, &fused),
@@ -429,6 +594,7 @@ pub fn perturb_(
             &pick(before, &fused),
             &scales,
             &pick(&checked.infos, &fused),
+            (rule, measure),
         )?;
     }
     let (params_left, before_left) = (pick(params, &general), pick(before, &general));
@@ -439,6 +605,7 @@ pub fn perturb_(
         norm,
         &pick(rhos, &general),
         &pick(&checked.infos, &general),
+        rule,
     )
     .and_then(|()| {
         if !measure {
@@ -491,6 +658,7 @@ fn perturb_fused(
     before: &[&Tensor],
     scales: &[f64],
     infos: &[Info],
+    (rule, measure): (Rule, bool),
 ) -> Result<Measure> {
     let weights = aten::writable(&optional(params))?;
     let copies = aten::writable(&optional(before))?;
@@ -510,23 +678,16 @@ fn perturb_fused(
         };
         // SAFETY: the addresses and the dtype belong to tensor `i`, which `span` is of; written pieces overlap nothing, and no two spans
         // overlap; the GIL keeps the tensors alive.
-        let done = unsafe {
-            if is_double(info) {
-                aten::run(Perturb::<f64> {
-                    params: aten::slice_mut(theta, span),
-                    gradients: aten::slice(g, span),
-                    before: aten::slice_mut(kept, span),
-                    scale,
-                })
-            } else {
-                aten::run(Perturb::<f32> {
-                    params: aten::slice_mut(theta, span),
-                    gradients: aten::slice(g, span),
-                    before: aten::slice_mut(kept, span),
-                    scale: f32::rounded(scale),
-                })
-            }
-        };
+        let done = with_stored!(info, S => unsafe {
+            aten::run(Perturb::<S> {
+                params: aten::slice_mut(theta, span),
+                gradients: aten::slice(g, span),
+                before: aten::slice_mut(kept, span),
+                scale: <S as Stored>::Number::rounded(scale),
+                rule,
+                measure,
+            })
+        });
         part.squares += done.squares;
         part.moved += done.moved;
         part.nonzero += done.nonzero;
@@ -552,6 +713,15 @@ fn work_kind(info: &Info) -> Kind {
     }
 }
 
+/// Name of [`work_kind`] as Python prints it.
+fn work_name(info: &Info) -> &'static str {
+    if is_double(info) {
+        "float64"
+    } else {
+        "float32"
+    }
+}
+
 /// Tensors in another dtype; those that have it already are not copied.
 fn converted(tensors: &[&Tensor], kind: Kind) -> Result<Vec<Tensor>> {
     tensors
@@ -568,6 +738,7 @@ fn perturb_general(
     norm: &Tensor,
     rhos: &[f64],
     infos: &[Info],
+    rule: Rule,
 ) -> Result<()> {
     let mut groups: Vec<(f64, Kind, Vec<usize>)> = Vec::new();
     for (index, (&rho, info)) in rhos.iter().zip(infos).enumerate() {
@@ -583,13 +754,19 @@ fn perturb_general(
     // ε before any change, so that a failure leaves the weights alone.
     let mut perturbations = Vec::with_capacity(groups.len());
     for (rho, kind, indices) in &groups {
-        let scale = norm
-            .f_reciprocal()?
-            .f_mul_scalar(*rho)?
-            .f_to_dtype(*kind, false, false)?;
-        let sound = scale.f_isfinite()?.f_logical_and(&norm.f_isfinite()?)?;
-        let gradients = converted(&pick(gradients, indices), *kind)?;
-        let mut perturbation = aten::foreach_mul(&borrowed(&gradients), &scale)?;
+        let wide = norm.f_to_dtype(Kind::Double, false, false)?;
+        let quotient = wide.f_full_like(*rho)?.f_div(&wide)?;
+        let sound = quotient.f_to_dtype(*kind, false, false)?.f_isfinite()?;
+        let sound = sound.f_logical_and(&norm.f_isfinite()?)?;
+        let scale = if rule.is_sign() {
+            wide.f_full_like(*rho)?
+        } else {
+            quotient
+        };
+        let scale = scale.f_to_dtype(*kind, false, false)?;
+        let weights = pick(params, indices);
+        let direction = direction(rule, &weights, &pick(gradients, indices), *kind)?;
+        let mut perturbation = aten::foreach_mul(&borrowed(&direction), &scale)?;
         let on_device = infos.first().is_some_and(|info| !info.is_cpu());
         if on_device {
             let unsound = sound.f_logical_not()?;
@@ -609,6 +786,31 @@ fn perturb_general(
         aten::foreach_copy_(params, before)?;
     }
     done
+}
+
+/// ε without its scale.
+fn direction(
+    rule: Rule,
+    weights: &[&Tensor],
+    gradients: &[&Tensor],
+    kind: Kind,
+) -> Result<Vec<Tensor>> {
+    let mut slopes = converted(gradients, kind)?;
+    if rule.is_sign() {
+        slopes = aten::foreach_sign(&borrowed(&slopes))?;
+    }
+    if !rule.is_adaptive() {
+        return Ok(slopes);
+    }
+    let t = scales(&borrowed(&converted(weights, kind)?))?;
+    if rule.is_sign() {
+        aten::foreach_times_(&borrowed(&t), &borrowed(&slopes))?;
+        return Ok(t);
+    }
+    let direction = aten::foreach_abs(&borrowed(&t))?; // T > 0: a copy
+    aten::foreach_times_(&borrowed(&direction), &borrowed(&slopes))?;
+    aten::foreach_times_(&borrowed(&direction), &borrowed(&t))?;
+    Ok(direction)
 }
 
 /// What [`perturb_general`] did: [‖realised ε‖, weights that moved, weights with a gradient]; `None` for an empty list.
@@ -667,35 +869,98 @@ pub fn restore_(params: &[&Tensor], before: &[&Tensor]) -> Result<()> {
             return;
         };
         // SAFETY: the addresses and the dtype belong to tensor `i`, which `span` is of; nothing overlaps; the GIL keeps the tensors alive.
-        unsafe {
-            if is_double(info) {
-                aten::slice_mut::<f64>(to, span).copy_from_slice(aten::slice(from, span));
-            } else {
-                aten::slice_mut::<f32>(to, span).copy_from_slice(aten::slice(from, span));
-            }
-        }
+        with_stored!(info, S => unsafe {
+            aten::slice_mut::<S>(to, span).copy_from_slice(aten::slice(from, span));
+        });
     })?;
     aten::foreach_copy_(&pick(params, &general), &pick(before, &general))
 }
 
 /// Runs `body` at θ + ε* (Eq. (8)) and takes the weights back, whatever comes of it.
 ///
-/// `body` returns whether it has put the weights back itself.
-pub fn at_perturbed<E: From<Error>>(
+/// `body` gets what was measured and returns whether it has put the weights back itself, and what comes out of it all.
+pub fn at_perturbed<R, E: From<Error>>(
     (params, gradients, before): (&[&Tensor], &[&Tensor], &[&Tensor]),
     norm: &Tensor,
     rhos: &[f64],
+    rule: Rule,
     measure: bool,
-    body: impl FnOnce() -> std::result::Result<bool, E>,
-) -> std::result::Result<Option<Tensor>, E> {
+    body: impl FnOnce(Option<Tensor>) -> std::result::Result<(bool, R), E>,
+) -> std::result::Result<R, E> {
     let stats = {
         let _plain = aten::plain();
-        perturb_(params, gradients, before, norm, rhos, measure)?
+        perturb_(params, gradients, before, norm, rhos, rule, measure)?
     };
-    let answer = body();
-    if !matches!(answer, Ok(true)) {
+    let answer = body(stats);
+    if !matches!(answer, Ok((true, _))) {
         let _plain = aten::plain();
         restore_(params, before)?;
     }
-    answer.map(|_| stats)
+    answer.map(|(_, result)| result)
 }
+
+/// `tensors[i] ← usable ? tensors[i] : kept[i]`, without waiting for the device that knows `usable`; any dtype.
+pub fn select_(tensors: &[&Tensor], kept: &[&Tensor], usable: &Tensor) -> Result<()> {
+    let condition = aten::describe_one(usable)?;
+    if condition.dim != 0 || condition.scalar_type != BOOL {
+        return Err(Error::value(
+            "usable",
+            format_args!("{} of shape {}", condition.dtype(), condition.shape()),
+            "a 0-dim tensor of bool",
+        ));
+    }
+    let infos = aten::describe(tensors)?;
+    if kept.len() != tensors.len() {
+        return Err(Error::value(
+            "kept",
+            format_args!("{} tensors", kept.len()),
+            format_args!("{}, one for each of tensors", tensors.len()),
+        ));
+    }
+    let copies = aten::describe(kept)?;
+    for (index, (info, copy)) in infos.iter().zip(&copies).enumerate() {
+        for (name, info) in [("tensors", info), ("kept", copy)] {
+            if info.strided == 0 {
+                return Err(Error::value(
+                    format_args!("{name}[{index}]"),
+                    "a sparse tensor",
+                    "a dense (strided) tensor",
+                ));
+            }
+        }
+        aten::unshared(format_args!("tensors[{index}]"), info)?;
+        if !info.is_beside(copy) {
+            return Err(Error::value(
+                format_args!("kept[{index}]"),
+                copy.device(),
+                format_args!("{}, the device of tensors[{index}]", info.device()),
+            ));
+        }
+        if !condition.is_cpu() && !info.is_beside(&condition) {
+            return Err(Error::value(
+                format_args!("tensors[{index}]"),
+                info.device(),
+                format_args!("{}, the device of usable", condition.device()),
+            ));
+        }
+    }
+    check_same_dtype("kept", &copies, "tensors", &infos)?;
+    if let Some(index) = aten::first_other_shape(tensors, kept)? {
+        let shape = |infos: &[Info]| infos.get(index).map(Info::shape).unwrap_or_default();
+        return Err(Error::value(
+            format_args!("kept[{index}]"),
+            format_args!("shape {}", shape(&copies)),
+            format_args!("{}, the shape of tensors[{index}]", shape(&infos)),
+        ));
+    }
+    if !condition.is_cpu() {
+        return aten::where_(tensors, kept, usable);
+    }
+    if usable.f_int64_value(&[])? == 0 {
+        aten::foreach_copy_(tensors, kept)?;
+    }
+    Ok(())
+}
+
+/// `at::ScalarType` of bool.
+const BOOL: i32 = 11;

@@ -80,7 +80,7 @@ impl<T: Real> Step<'_, T> {
         theta: T,
         gradient: T,
     ) -> T {
-        let slope = if maximize { gradient.neg() } else { gradient };
+        let slope = if maximize { -gradient } else { gradient };
         if decays {
             numbers.weight_decay.mul_add::<FMA>(theta, slope)
         } else {
@@ -106,7 +106,7 @@ impl<T: Real> Loop for Step<'_, T> {
             } else {
                 numbers
                     .undamped
-                    .mul_add::<FMA>(slope, buffer.mul(numbers.momentum))
+                    .mul_add::<FMA>(slope, *buffer * numbers.momentum)
             };
             *buffer = new;
             let direction = if nesterov {
@@ -165,29 +165,29 @@ pub fn sgd_step_possible(
     Ok(aten::fits(&lists)?.into_iter().all(|fits| fits))
 }
 
-/// Checks the spans, and spreads them over the `n` tensors.
-fn spread(spans: &[Settings], n: usize) -> Result<Vec<Settings>> {
-    let mut each: Vec<Settings> = Vec::with_capacity(n);
+/// Checks the spans, their `stop`s and the named numbers, and spreads them over the `n` tensors.
+pub fn spread<S: Copy, const K: usize>(
+    spans: &[S],
+    n: usize,
+    stop: impl Fn(&S) -> usize,
+    numbers: impl Fn(&S) -> [(&'static str, f64); K],
+) -> Result<Vec<S>> {
+    let mut each: Vec<S> = Vec::with_capacity(n);
     for (index, span) in spans.iter().enumerate() {
         let name = |what: &str| format!("spans[{index}].{what}");
-        if span.stop < each.len() || span.stop > n {
+        if stop(span) < each.len() || stop(span) > n {
             return Err(Error::value(
                 name("stop"),
-                span.stop,
+                stop(span),
                 format_args!("a number from {} to {n}", each.len()),
             ));
         }
-        for (what, number) in [
-            ("lr", span.lr),
-            ("momentum", span.momentum),
-            ("dampening", span.dampening),
-            ("weight_decay", span.weight_decay),
-        ] {
+        for (what, number) in numbers(span) {
             if !number.is_finite() {
                 return Err(Error::value(name(what), number, "a finite number"));
             }
         }
-        each.resize(span.stop, *span);
+        each.resize(stop(span), *span);
     }
     if each.len() < n {
         return Err(Error::value(
@@ -269,7 +269,19 @@ pub fn sgd_step_(
         let copies = check_beside("before", before, "params", params, &infos)?;
         check_same_dtype("before", &copies, "params", &infos)?;
     }
-    let settings = spread(spans, params.len())?;
+    let settings = spread(
+        spans,
+        params.len(),
+        |span| span.stop,
+        |span| {
+            [
+                ("lr", span.lr),
+                ("momentum", span.momentum),
+                ("dampening", span.dampening),
+                ("weight_decay", span.weight_decay),
+            ]
+        },
+    )?;
     let buffers = check_buffers(momentum_buffers, first, &settings, params, &infos)?;
     let (all, all_gradients, all_before) =
         (optional(params), optional(gradients), optional(before));

@@ -330,7 +330,7 @@ KERNELS = [name for name, value in vars(igm_rs._igm_rs).items() if isinstance(va
 HALVES = ("perturb_", "restore_", "project_", "project_update_")
 """Kernels that change a list of tensors and are given a second list that fits it: they may have done half of it."""
 
-STEPS = ("at_perturbed", "sgd_step_")
+STEPS = ("at_perturbed", "sgd_step_", "adam_step_")
 """Kernels that take the base's step themselves, in one piece: what is raised right after them finds it taken."""
 
 

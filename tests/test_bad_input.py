@@ -556,10 +556,11 @@ PARAMETERS = [
             (f"{'the head' if how == 'heads' else 'scope=1.0'} takes in layer '", "1'", "expected"),
         )
         for layer in (
-            nn.Conv1d(8, 8, 3),
-            nn.Embedding(8, 8),
+            nn.ConvTranspose1d(8, 8, 3),
+            nn.Bilinear(8, 8, 8),
             nn.LSTM(8, 8),
-            nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+            nn.utils.parametrizations.weight_norm(nn.Linear(1, 8)),
+            nn.utils.parametrizations.weight_norm(nn.LSTM(8, 8), "weight_hh_l0"),
         )
         for how in ("heads", "scope")
     ),

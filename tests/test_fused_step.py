@@ -7,7 +7,7 @@ import torch
 from models import OwnHeads, batches, closure_for, distance
 
 from igm_rs import IGMOptimizer
-from igm_rs._sgd import FusedSGD
+from igm_rs._fused import FusedSGD
 
 TWO = ("audio", "video")
 SETTINGS = [

@@ -138,7 +138,7 @@ def test_scope_takes_layers_from_the_output_backwards(scope, layers):
 
 def test_scope_passes_over_norm_layers_and_stops_before_what_it_cannot_project():
     model = OwnHeads(("audio",))
-    model.encoders["audio"] = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(6, 8))
+    model.encoders["audio"] = nn.Sequential(nn.ConvTranspose1d(1, 2, 3), nn.Flatten(), nn.Linear(6, 8))
     model.heads["audio"].insert(1, nn.LayerNorm(6))
     spec = {"audio": [model.encoders["audio"], model.heads["audio"]]}
     opt = IGMOptimizer(sgd(model), spec, scope=0.85, model=model)
@@ -147,7 +147,10 @@ def test_scope_passes_over_norm_layers_and_stops_before_what_it_cannot_project()
         "heads.audio.0",
         "heads.audio.3",
     ]
-    with pytest.raises(ValueError, match=r"scope=1.0 takes in layer 'encoders\.audio\.0', a Conv1d"):
+    with pytest.raises(
+        ValueError,
+        match=r"scope=1.0 takes in layer 'encoders\.audio\.0', a ConvTranspose1d, which cannot be projected: expected Linear, Conv1d",
+    ):
         IGMOptimizer(sgd(model), spec, scope=1.0, model=model)
 
 

@@ -395,7 +395,7 @@ def test_body_runs_once_at_the_perturbed_weights(device, layout):
         params=params, gradients=gradients, before=before, norm=norm, rhos=[RHO] * len(params), body=body, measure=True
     )
     ((arguments, there),) = seen
-    assert arguments == ()
+    assert arguments == (stats,)
     assert same_bits(there, twins)
     assert same_bits(params, old)
     assert places(params) == where
@@ -410,7 +410,7 @@ def test_body_that_returns_a_step_of_sgd_has_it_taken_from_the_weights_before():
     span = (len(params), 0.1, 0.0, 0.0, 0.01, False, False)
     rust.at_perturbed(
         params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params),
-        lambda: (second, [], [], [span], done),
+        lambda _: ("sgd", second, [], [], [span], done),
     )  # fmt: skip
     for twin, gradient in zip(twins, second, strict=True):
         twin.grad = gradient
@@ -425,7 +425,7 @@ def test_a_step_of_sgd_that_cannot_be_taken_restores_to_the_bit():
     with pytest.raises(ValueError, match="gradients"):
         rust.at_perturbed(
             params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params),
-            lambda: (gradients[:-1], [], [], [(len(params), 0.1, 0.0, 0.0, 0.0, False, False)], done),
+            lambda _: ("sgd", gradients[:-1], [], [], [(len(params), 0.1, 0.0, 0.0, 0.0, False, False)], done),
         )  # fmt: skip
     assert same_bits(params, old)
     assert done == []
@@ -436,7 +436,9 @@ def test_body_that_returns_something_else_is_an_error_and_restores(answer):
     params, gradients, before = problem("float32", torch.device("cpu"))
     old = copies(params)
     with pytest.raises(TypeError, match=r"returned by body.*expected None or a tuple"):
-        rust.at_perturbed(params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params), lambda: answer)
+        rust.at_perturbed(
+            params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params), lambda _: answer
+        )
     assert same_bits(params, old)
 
 
@@ -446,7 +448,7 @@ def test_exception_in_the_body_restores_to_the_bit_and_is_raised_unchanged(devic
     params, gradients, before = problem(layout, device)
     old, where, calls = copies(params), places(params), []
 
-    def body():
+    def body(_):
         calls.append(not same_bits(params, old))
         params[0].fill_(3)  # what the body does to the weights is taken back as well
         raise error
@@ -462,7 +464,7 @@ def test_exception_in_the_body_restores_to_the_bit_and_is_raised_unchanged(devic
 def test_traceback_of_the_body_survives(device):
     params, gradients, before = problem("float32", device)
 
-    def body():
+    def body(_):
         raise LookupError("from the body") from KeyError("cause")
 
     with pytest.raises(LookupError, match="from the body") as caught:
@@ -485,7 +487,7 @@ def test_body_may_call_back_into_rust_and_use_autograd(device):
     gradient, before = [torch.tensor([2.0], dtype=F64, device=device)], [torch.empty(1, dtype=F64, device=device)]
     found = []
 
-    def body():
+    def body(_):
         (parameter**2 / 2).sum().backward()
         found.append(rust.gradient_norm([parameter.grad]).item())
 
@@ -509,7 +511,7 @@ def test_gradient_at_the_perturbed_weights_is_that_of_the_reference(device, dtyp
     found = []
     rust.at_perturbed(
         params, gradients, [torch.empty_like(p) for p in params], rust.gradient_norm(gradients), [RHO] * len(params),
-        lambda: found.append(paper.gradients_of(loss, params)),
+        lambda _: found.append(paper.gradients_of(loss, params)),
     )  # fmt: skip
     ((value, second),) = found
     tolerance = 1e-12 if dtype == F64 else 1e-6
@@ -525,7 +527,7 @@ P, G, B = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3)
 N = torch.tensor(1.0, dtype=F64)
 
 
-def body():
+def body(_):
     raise AssertionError("the body must not run")
 
 

@@ -16,7 +16,10 @@ __all__ = ["STATE_KEY", "check", "load", "own", "state"]
 STATE_KEY = "igm"
 """The key, of a state dict and of its first group, under which everything that is not the base optimizer's stands."""
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+
+_NEW_COUNTERS = frozenset({"taken", "inert"})
+"""Counters that a state dict of version 1 or 2 has not; they begin at 0."""
 
 _OF_ONE_SHAPE = frozenset(
     {
@@ -88,7 +91,7 @@ def check(core: Core, state_dict: Any) -> None:
         raise ValueError(f"state_dict[{STATE_KEY!r}] has no {missing[0]!r}, expected {', '.join(map(repr, wanted))}")
     for key in ("rho", "tau"):
         _checks.per_modality(f"state_dict[{STATE_KEY!r}][{key!r}]", _mapping(mine, key), core.modalities.names)
-    _check_counters(core, _mapping(mine, "counters"))
+    _check_counters(core, _mapping(mine, "counters"), frozenset() if mine["version"] > 2 else _NEW_COUNTERS)
     groups = len(state_dict["param_groups"])
     lrs = mine["initial_lr"]
     if not isinstance(lrs, list) or len(lrs) != groups or not all(map(_checks.is_number, lrs)):
@@ -167,11 +170,14 @@ def _check_options(base: torch.optim.Optimizer, groups: Iterable[Mapping[str, An
             )
 
 
-def _check_counters(core: Core, counters: Mapping[str, Any]) -> None:
+def _check_counters(core: Core, counters: Mapping[str, Any], absent: frozenset[str]) -> None:
+    """Every counter is there, but for those that may be `absent`, and is of its kind."""
     fresh = Counters(core.modalities.names).state()
     for key, usual in fresh.items():
         label = f"state_dict[{STATE_KEY!r}]['counters'][{key!r}]"
         if key not in counters:
+            if key in absent:
+                continue
             raise ValueError(f"{label} is missing")
         value = counters[key]
         if isinstance(usual, dict):

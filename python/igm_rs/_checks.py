@@ -14,6 +14,7 @@ __all__ = [
     "life",
     "names",
     "non_negative",
+    "norm_order",
     "per_modality",
     "positive",
     "positive_integer",
@@ -27,6 +28,14 @@ def non_negative(argument: str, value: Any) -> float:
     number = _real(argument, value)
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{argument} is {value!r}, expected a finite number >= 0")
+    return number
+
+
+def norm_order(argument: str, value: Any) -> float:
+    """Return `value` as a float if it is 2 or ∞; TypeError or ValueError naming `argument` otherwise."""
+    number = _real(argument, value)
+    if number not in (2.0, math.inf):
+        raise ValueError(f"{argument} is {value!r}, expected 2.0 or math.inf")
     return number
 
 

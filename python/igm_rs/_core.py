@@ -12,11 +12,12 @@ from . import _checks, _igm_rs
 from ._amp import Scaling
 from ._batchnorm import Statistics
 from ._features import FeatureTap
+from ._fused import fused_for
+from ._head_pass import HeadPass
 from ._layers import Layer
 from ._modalities import Modalities
 from ._projection import Projection
 from ._random import RandomState
-from ._sgd import FusedSGD
 from ._turns import Counters
 from ._warnings import warn
 from .stats import StepStats
@@ -66,6 +67,7 @@ class Perturbed:
     params: list[torch.Tensor]
     before: list[torch.Tensor]
     figures: dict[str, Any]
+    usable: bool = False
 
 
 @dataclass
@@ -94,6 +96,12 @@ class Core:
     max_grad_norm: float | None
     preserve_rng: bool
     atomic: bool
+    p: float
+    adaptive: bool
+    sam_every: int
+    skip_inert: bool
+    head_pass: HeadPass | None
+    """What makes the second pass one of the head alone; None where it is one of everything."""
     initial_lr: list[float]
     counters: Counters
     turn: str | None = None
@@ -109,6 +117,8 @@ class Core:
     last_stats: StepStats = field(default_factory=lambda: StepStats({}))
     warned: set[str] = field(default_factory=set)
     scaling: Scaling = field(default_factory=Scaling)
+    unjudged: dict[str, Any] | None = None
+    """Figures of a step whose perturbation was measured on a device, to be judged when that is waited for anyhow."""
     before: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
     """Memory for weights, kept from step to step."""
     spare: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -116,10 +126,12 @@ class Core:
 
     def __post_init__(self) -> None:
         self.groups = self.base.param_groups
-        self.fused = FusedSGD(self.base) if type(self.base) is torch.optim.SGD else None
+        self.fused = fused_for(self.base)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.counters.settle()
         scratch: dict[str, Any] = {
+            "unjudged": None,
             "turn": None,
             "accumulating": False,
             "before": {},
@@ -196,7 +208,7 @@ class Core:
 
     def tau_of(self, layer: Layer, modality: str) -> float:
         """Return τ for T of `layer`, made from `modality`'s features."""
-        group = self.modalities.group_of(layer.module.weight, modality)
+        group = self.modalities.group_of(layer.weight, modality)
         return float(self.tau[modality] if group is None else group.get("tau", self.tau[modality]))
 
     def buffers(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -232,6 +244,16 @@ class Core:
                 "expected load_state_dict and add_param_group of the IGMOptimizer"
             )
 
+    def sam_is_due(self, active: str) -> bool:
+        """Whether the next step of `active` is one of those that SAM makes."""
+        return self.counters.taken[active] % self.sam_every == 0
+
+    def forget_passes(self) -> None:
+        """Forget the forward passes that have been: no step is to follow them."""
+        self.tap.drop()
+        if self.head_pass is not None:
+            self.head_pass.drop()
+
     def begin_second_pass(self) -> None:
         """What is forwarded from now on is at θ + ε*: it is no feature of the data and no statistic of the model."""
         self.tap.muted = True
@@ -241,11 +263,13 @@ class Core:
         """Listen and record again."""
         self.tap.muted = False
         self.statistics.release()
+        if self.head_pass is not None:
+            self.head_pass.end()
 
     def abandon_perturbation(self) -> None:
         """Restore the weights and drop the step that ``first_step`` began."""
         self.restore()
-        self.tap.drop()
+        self.forget_passes()
 
     def refuse_perturbed(self, what: str) -> None:
         """Raise RuntimeError, with the weights restored, where ``first_step`` has perturbed them."""

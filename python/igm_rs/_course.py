@@ -9,6 +9,7 @@ import torch
 
 from ._core import Core
 from ._covariance import Covariance
+from ._perturbation import judge
 
 __all__ = ["Course"]
 
@@ -53,7 +54,9 @@ class Course:
 
     def end(self, modality: str) -> None:
         """End the turn of `modality` with a new T of it, where T is made at the end of turns."""
+        self._core.counters.settle()
         _raise(self.wholly(self._end, modality))
+        self.judge()
 
     def _end(self, modality: str) -> str | None:
         core = self._core
@@ -65,12 +68,27 @@ class Course:
         counters.close()
         return unseen
 
-    def count(self, active: str) -> None:
-        """Count a step of `active`, and make T where n steps have been taken."""
+    def judge(self) -> None:
+        """Judge the perturbation of a step that has left that for later, as it waits for the device."""
+        core = self._core
+        if core.unjudged is not None:
+            figures, core.unjudged = core.unjudged, None
+            judge(core, figures)
+
+    def count(self, active: str, usable: torch.Tensor | None = None) -> None:
+        """Count a step of `active`, and make T where n steps have been taken.
+
+        `usable`: what only the device knows, whether the step was one.
+        """
         core = self._core
         counters = core.counters
         counters.steps += 1
         counters.since[active] += 1
+        counters.taken[active] += 1
+        if usable is not None:
+            counters.doubt(active, usable)
+        if isinstance(core.refresh, int) and counters.since[active] >= core.refresh:
+            counters.settle()
         if isinstance(core.refresh, int) and counters.since[active] >= core.refresh:
             self.make_projector(active)
             if core.turn is None:  # n steps outside any turn were one
@@ -104,6 +122,7 @@ class Course:
 
     def make_projector(self, modality: str) -> None:
         """T of `modality` from its Ȳ (Eq. 4); RuntimeError where steps were taken and a layer saw no features."""
+        self._core.counters.settle()
         _raise(self.wholly(self._make_projector, modality))
 
     def _make_projector(self, modality: str) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from . import _igm_rs
+from ._kinds import Ear
 from ._layers import Layer
 
 __all__ = ["FeatureTap"]
@@ -35,23 +35,38 @@ class FeatureTap:
         Each layer once.
     reduce : {"mean", "samples"}
         What a batch contributes, see `_igm_rs.batch_rows`.
+    augment : bool
+        Whether a constant 1 stands behind the features of each group.
     """
 
-    def __init__(self, layers: Iterable[Layer], reduce: str) -> None:
+    def __init__(self, layers: Iterable[Layer], reduce: str, augment: bool = False) -> None:
         self._pending: deque[tuple[str, torch.Tensor]] = deque(maxlen=_MOST)
         self.sink: Callable[[str, torch.Tensor], None] | None = None
         self.muted = False
-        self._layers = list(layers)
+        self._layers: list[Layer] = []
         self._reduce = reduce
-        handles = []
-        for layer in self._layers:
-            _remove_deaf(layer.module)
-            handles.append(layer.module.register_forward_pre_hook(_Hook(self, layer), with_kwargs=True))
-        self._close = weakref.finalize(self, _remove, handles)
+        self._augment = augment
+        self._hooks: dict[nn.Module, _Hook] = {}
+        self._handles: list[Any] = []
+        self._close = weakref.finalize(self, _remove, self._handles)
+        self.add(layers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy listens at the copied layers, and has heard nothing yet."""
-        return FeatureTap, (self._layers, self._reduce)
+        return FeatureTap, (self._layers, self._reduce, self._augment)
+
+    def add(self, layers: Iterable[Layer]) -> None:
+        """Listen at these layers, too; what is listened at already stays so, with what has been tied to it since."""
+        for layer in layers:
+            if layer not in self._layers:
+                self._layers.append(layer)
+            for ear in layer.ears:
+                hook = self._hooks.get(ear.module)
+                if hook is None:
+                    _remove_deaf(ear.module)
+                    hook = self._hooks[ear.module] = _Hook(self)
+                    self._handles.append(ear.module.register_forward_pre_hook(hook, with_kwargs=True))
+                hook.add(layer, ear)
 
     def close(self) -> None:
         """Remove the hooks from the modules."""
@@ -72,32 +87,42 @@ class FeatureTap:
         """Forget the pending rows."""
         self._pending.clear()
 
-    def see(self, layer: Layer, features: torch.Tensor) -> None:
-        """Note the input of one forward pass of `layer`."""
-        if features.dim() == 1:  # one sample without a batch dimension, as Linear takes it
-            features = features.unsqueeze(0)
+    def listens(self, module: nn.Module) -> bool:
+        """Whether a forward pass of `module` counts now."""
         if self.sink is not None:
-            self.sink(layer.name, _igm_rs.batch_rows(features, self._reduce))
-        elif (
+            return True
+        return (
             not self.muted
             and torch.is_grad_enabled()
-            and layer.module.training
+            and module.training
             and torch._C._current_graph_task_id() == -1  # else activation checkpointing repeats a forward pass
-            and not (features.is_cuda and torch.cuda.is_current_stream_capturing())  # nothing is computed yet
-        ):
-            self._pending.append((layer.name, _igm_rs.batch_rows(features, self._reduce)))
+        )
+
+    def see(self, heard: list[tuple[Layer, Ear]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the arguments of one forward pass; the layers of one module that are given one tensor share its rows."""
+        made: dict[int, torch.Tensor] = {}
+        for layer, ear in heard:
+            if self.sink is None and layer.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                continue  # nothing is computed yet
+            given = id(ear.given(args, kwargs))
+            if given not in made:
+                made[given] = layer.rows_of(ear.features(args, kwargs), self._reduce, self._augment, ear)
+            if self.sink is None:
+                self._pending.append((layer.name, made[given]))
+            else:
+                self.sink(layer.name, made[given])
 
 
 class _Hook:
-    """Hands the input of one layer to the tap, which it does not keep alive: no hook outlives its optimizer.
+    """Hands the arguments of one module to the tap, which it does not keep alive: no hook outlives its optimizer.
 
     A copy of a module takes its hooks along. Such a hook is deaf, and removes itself when it is called: what the copy
     is given is no feature of the layer that is trained.
     """
 
-    def __init__(self, tap: FeatureTap | None = None, layer: Layer | None = None) -> None:
+    def __init__(self, tap: FeatureTap | None = None) -> None:
         self._tap = None if tap is None else weakref.ref(tap)
-        self._layer = layer
+        self._heard: list[tuple[Layer, Ear]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, ()
@@ -108,8 +133,13 @@ class _Hook:
             _remove_deaf(module)
             return
         tap = None if self._tap is None else self._tap()
-        if tap is not None and self._layer is not None:
-            tap.see(self._layer, args[0] if args else kwargs["input"])
+        if tap is not None and tap.listens(module):
+            tap.see(self._heard, args, kwargs)
+
+    def add(self, layer: Layer, ear: Ear) -> None:
+        """Let what `ear` hears be features of `layer`."""
+        if (layer, ear) not in self._heard:
+            self._heard.append((layer, ear))
 
     @property
     def deaf(self) -> bool:

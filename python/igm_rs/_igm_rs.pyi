@@ -11,11 +11,14 @@ __all__ = [
     "TORCH_VERSION",
     "__version__",
     "accumulate_",
+    "adam_step_",
+    "adam_step_possible",
     "add_rows_",
     "append_rows_",
     "at_perturbed",
     "batch_rows",
     "centre_",
+    "conv_rows",
     "decay_",
     "flat_projector",
     "flat_projector_from_rows",
@@ -27,6 +30,7 @@ __all__ = [
     "project_",
     "project_update_",
     "restore_",
+    "select_",
     "sgd_step_",
     "sgd_step_possible",
     "singular_values",
@@ -39,8 +43,21 @@ TORCH_VERSION: Final[str]
 DEBUG: Final[bool]
 
 # Eq. (2): src/covariance.rs
-def batch_rows(features: torch.Tensor, reduce: str) -> torch.Tensor:
+def batch_rows(features: torch.Tensor, reduce: str, augment: bool = False) -> torch.Tensor:
     """Make the rows by which a batch enters the covariance: its mean over the batch, or every sample."""
+
+def conv_rows(
+    features: torch.Tensor,
+    reduce: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    mode: str,
+    groups: int = 1,
+    augment: bool = False,
+) -> torch.Tensor:
+    """Make the rows by which a convolution's batch enters the covariance: the patches that its kernel sees."""
 
 def append_rows_(buffer: torch.Tensor, used: int, rows: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Copy the finite rows into a buffer, behind those that it holds; `buffer` is changed."""
@@ -97,9 +114,12 @@ def multiply(projectors: Sequence[torch.Tensor]) -> torch.Tensor:
 def singular_values(matrix: torch.Tensor, rows: bool = False) -> npt.NDArray[np.float64]:
     """Compute the singular values of a covariance on the host, for diagnosis; waits for the device."""
 
-# Eqs. (6)-(8): src/sam.rs, src/sgd.rs
-def gradient_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Compute the L2 norm over all gradients together."""
+# Eqs. (6)-(8): src/sam.rs, src/sgd.rs, src/adam.rs
+def gradient_norm(
+    gradients: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Compute the L2 norm over all gradients together, or that of adaptive SAM."""
 
 def perturb_(
     params: Sequence[torch.Tensor],
@@ -108,6 +128,9 @@ def perturb_(
     norm: torch.Tensor,
     rhos: Sequence[float],
     measure: bool = True,
+    *,
+    p: float = 2.0,
+    adaptive: bool = False,
 ) -> torch.Tensor | None:
     """Climb to the perturbed weights: before[i] <- params[i], params[i] += (rhos[i] / norm) * gradients[i]."""
 
@@ -120,8 +143,11 @@ def at_perturbed(
     before: Sequence[torch.Tensor],
     norm: torch.Tensor,
     rhos: Sequence[float],
-    body: Callable[[], object],
+    body: Callable[[torch.Tensor | None], object],
     measure: bool = True,
+    *,
+    p: float = 2.0,
+    adaptive: bool = False,
 ) -> torch.Tensor | None:
     """Call a function at the perturbed weights and take the weights back, whatever comes of it."""
 
@@ -142,6 +168,32 @@ def sgd_step_possible(
     momentum_buffers: Sequence[torch.Tensor | None],
 ) -> bool:
     """Tell whether `sgd_step_` takes these tensors: float32 or float64 on the CPU, dense, all strided alike."""
+
+def adam_step_(
+    params: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    max_exp_avg_sqs: Sequence[torch.Tensor | None],
+    steps: Sequence[torch.Tensor],
+    spans: Sequence[tuple[int, float, float, float, float, float, bool, bool, bool]],
+    done: list[bool] | None = None,
+) -> None:
+    """Take the step of torch.optim.Adam or AdamW from the unperturbed weights, way back included."""
+
+def adam_step_possible(
+    params: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor | None],
+    exp_avg_sqs: Sequence[torch.Tensor | None],
+    max_exp_avg_sqs: Sequence[torch.Tensor | None],
+    steps: Sequence[torch.Tensor | None],
+) -> bool:
+    """Tell whether `adam_step_` takes these tensors: float32 or float64 on the CPU, dense, all strided alike."""
+
+def select_(tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], usable: torch.Tensor) -> None:
+    """Take back what is not usable: tensors[i] <- tensors[i] if usable else kept[i]."""
 
 # Algorithm 1, lines 1-2, 8-9: src/schedule.rs
 def previous_modality(active: int, modalities: int) -> int:

@@ -161,7 +161,7 @@ class Projection:
                 continue
             if not everything:
                 continue
-            dtype = "float64" if layer.module.weight.dtype == torch.float64 else "float32"
+            dtype = "float64" if layer.weight.dtype == torch.float64 else "float32"
             try:
                 if self.options.projector == "orthogonal":
                     made[layer.name] = self._recur(modality, layer, everything, dtype)
@@ -291,7 +291,7 @@ class Projection:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave; tensors keep their own precision and go to their layer's device."""
-        devices = {layer.name: layer.module.weight.device for mine in self.layers.values() for layer in mine}
+        devices = {layer.name: layer.weight.device for mine in self.layers.values() for layer in mine}
         for name, mine in self.covariances.items():
             for layer, turns in mine.items():
                 turns.past.load(state["covariances"][name][layer]["past"], devices[layer])
@@ -356,7 +356,7 @@ class Projection:
         self.recursions[layer.name] = _Recursion(P, updates, restart=False)
         one = _Made(P.to(torch.float64 if dtype == "float64" else torch.float32), None)
         for name, mine in self.layers.items():
-            if any(other is layer or other.module is layer.module for other in mine):
+            if layer in mine:
                 self.made[name][layer.name] = one
         return one
 

@@ -52,6 +52,7 @@ class Rollback:
         entries = [(p, state.get(p)) for _, members in core.modalities.active[active] for p in members]
         if deep:  # some optimizers keep what belongs to no parameter there
             entries += [(key, entry) for key, entry in state.items() if not isinstance(key, torch.Tensor)]
+        self._size = len(state)
         self._entries = [(key, entry, noted(entry)) for key, entry in entries]
         self._copies = self._room([] if own_memory else core.spare.get(active, []))
         if self._copies:
@@ -62,6 +63,13 @@ class Rollback:
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return each tensor that may change with the copy of what it was."""
         return [*zip(self._params, self._before, strict=True), *zip(self._tensors, self._copies, strict=True)]
+
+    def grown(self) -> bool:
+        """Whether the base's state holds something that was not there."""
+        state = self._core.base.state
+        return len(state) > self._size or any(
+            isinstance(entry, dict) and len(entry) > len(noted) for _, entry, noted in self._entries
+        )
 
     def undo(self) -> None:
         """Put everything back, to the bit; what cannot be does not keep the rest from it."""

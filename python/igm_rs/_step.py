@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,18 +14,26 @@ from . import _igm_rs
 from ._base import step_without_hooks
 from ._core import Closure, Core, Perturbed
 from ._course import Course
+from ._device import capturing, keep_where_unusable, usable_on_device, waits_for_nothing
+from ._fused import Fused
 from ._layers import Layer
+from ._perturbation import climb_of, gradient_norm, judge
 from ._random import RandomState
 from ._rollback import Rollback
-from ._sgd import Arguments, FusedSGD
-from .stats import effective_perturbation, step_stats
+from .stats import step_stats
 
 __all__ = ["Stepper"]
 
-_NOTICEABLE = 0.5
-"""Share of ρ: a perturbation whose realised length is below it is warned about."""
-
 Figures = dict[str, Any]
+
+
+@dataclass
+class Second:
+    """What the second pass of a step runs: its closure, the scaler of its loss, and the first pass's random state."""
+
+    closure: Closure
+    scaler: Any
+    random: RandomState | None
 
 
 class Stepper:
@@ -65,7 +74,7 @@ class Stepper:
         except BaseException:
             core.restore()
             core.accumulating = False
-            core.tap.drop()
+            core.forget_passes()
             core.scaling.abandon()
             raise
         finally:
@@ -81,7 +90,7 @@ class Stepper:
         loss = None
         second, of_second = closure, scaler
         if closure is not None:
-            core.tap.drop()
+            core.forget_passes()
             random = self._random_now() if core.preserve_rng else None
             with torch.enable_grad():
                 loss = _loss_of(closure)
@@ -92,11 +101,18 @@ class Stepper:
         if not self._make_state_only(closure):
             told = loss if replay is None else replay.loss
             self._step(second, told, closure is not None, scaler, of_second, random)
+        if core.head_pass is not None:
+            core.head_pass.drop()
         return loss
 
     def _first(self, scaler: Any) -> None:
         core = self._core
         core.refuse_perturbed("first_step")
+        if core.head_pass is not None:
+            raise RuntimeError(
+                "first_step with sam_scope='head': only step(closure) knows where the second pass begins, expected "
+                "step(closure) or replay(closure)"
+            )
         self._forget_provisional()
         random, core.random = core.random, None
         if core.preserve_rng and random is None:
@@ -108,14 +124,17 @@ class Stepper:
             params, gradients, rhos = core.moving(active)
             self._unscale(scaler, params, 0)
             figures = begun.figures
-            figures["grad_norm"] = norm = _norm(gradients)
-            figures["usable"] = _usable(norm)
-            if figures["usable"]:
+            figures["second_pass"] = "taken" if any(rho != 0 for rho in rhos) else "off"
+            figures["grad_norm"] = gradient_norm(gradients)
+            climb = climb_of(core, active, params, gradients, rhos, figures)
+            begun.usable = _usable(figures["grad_norm"], climb.norm)
+            if begun.usable:
                 before = core.buffers(params)
-                figures["parts"] = _parts(gradients, rhos, norm)
                 _igm_rs.restore_(before, params)  # whatever interrupts from here on, there is a way back
-                core.perturbed = Perturbed(active, params, before, figures)
-                figures["perturbation"] = _igm_rs.perturb_(params, gradients, before, norm, rhos)
+                core.perturbed = Perturbed(active, params, before, figures, usable=True)
+                figures["perturbation"] = _igm_rs.perturb_(
+                    params, gradients, before, climb.norm, rhos, p=core.p, adaptive=core.adaptive
+                )
         core.perturbed = core.perturbed or begun
         core.begin_second_pass()
         if random is not None:
@@ -127,15 +146,15 @@ class Stepper:
         core.restore()
         if active is None:
             return
-        params, gradients, rhos = core.moving(active)
+        params, gradients, _ = core.moving(active)
         kept = _identical(params, perturbed.params)
         self._unscale(scaler, params, 1)
-        figures["grad_norm_perturbed"] = norm = _norm(gradients)
-        if not (figures["usable"] and _usable(norm)):
+        figures["grad_norm_perturbed"] = norm = gradient_norm(gradients)
+        if not (perturbed.usable and _usable(norm)):
             self._skip(active, figures)
             return
         self._finish(active, figures, params, gradients, kept=kept)
-        self._judge_perturbation(figures, rhos)
+        judge(core, figures)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Within a step
@@ -159,62 +178,74 @@ class Stepper:
             return
         self._check_processes(active)
         self._unscale(scaler, params, 0)
-        if capturing(params):
-            self._captured(active, params, gradients, rhos, second, of_second)
-            return
-        figures: Figures = {"loss": loss}
+        figures: Figures = {"loss": loss, "grad_norm": gradient_norm(gradients)}
         sam = any(rho != 0 for rho in rhos)
-        figures["grad_norm"] = norm = _norm(gradients)
-        two_passes = sam and second is not None
-        judged_later = two_passes and norm.device.type != "cpu"  # so that a step waits for the device once, not twice
-        if not judged_later and not (_usable(norm) if sam or core.projects(active) else _finite(norm)):
+        due = sam and core.sam_is_due(active)
+        pass_two = Second(second, of_second, random) if due and second is not None else None
+        figures["sam"] = sam
+        figures["second_pass"] = (
+            "off" if not sam else "every" if not due else "no closure" if second is None else "taken"
+        )
+        if waits_for_nothing(core, params):
+            self._on_device(active, figures, params, gradients, rhos, pass_two)
+        elif not (_usable(figures["grad_norm"]) if sam or core.projects(active) else _finite(figures["grad_norm"])):
+            if pass_two is not None:
+                figures["second_pass"] = None
             self._skip(active, figures)
-        elif two_passes and second is not None:
-            self._sam_step(active, second, of_second, params, gradients, rhos, figures, random)
+        elif pass_two is not None:
+            self._sam_step(active, figures, params, gradients, rhos, pass_two)
         else:
-            self._finish(active, figures, params, gradients, unperturbed=sam)
-            if sam:
-                core.warn_once(
-                    "closure",
-                    f"step() was called without a closure while rho is {core.rho[active]}: SAM needs step(closure) (or "
-                    "first_step and second_step); projection and the base optimizer's step are done without it",
-                )
+            self._finish(active, figures, params, gradients)
+        if figures["second_pass"] == "no closure" and not (figures.get("skipped") or capturing(params)):
+            core.warn_once(
+                "closure",
+                f"step() was called without a closure while rho is {core.rho[active]}: SAM needs step(closure) (or "
+                "first_step and second_step); projection and the base optimizer's step are done without it",
+            )
 
     def _sam_step(
         self,
         active: str,
-        closure: Closure,
-        scaler: Any,
+        figures: Figures,
         params: list[torch.Tensor],
         gradients: list[torch.Tensor],
         rhos: list[float],
-        figures: Figures,
-        random: RandomState | None,
+        second: Second,
     ) -> None:
         """Second pass at θ + ε* (Eq. 8). Whatever leaves the closure, the weights are restored before anything else."""
         core = self._core
-        before = core.buffers(params)
+        climb = climb_of(core, active, params, gradients, rhos, figures)
+        if not _usable(climb.norm):
+            figures["second_pass"] = None
+            self._skip(active, figures)
+            return
+        before = core.buffers(climb.params)
         done: list[bool] = []
         then: dict[str, Any] = {"skip": False, "way back": None}
 
-        def at_perturbed_weights() -> Any:
-            moving, second = self._second_pass(active, closure, scaler, random, figures)
-            then["moving"], then["gradients"] = moving, second
-            then["skip"] = not _usable(figures["grad_norm"], figures["grad_norm_perturbed"])
-            then["same"] = _identical(moving, params)
+        def at_perturbed_weights(measured: torch.Tensor | None) -> Any:
+            moving, used = self._pass_two(active, second, figures, params, gradients, measured)
+            then["moving"], then["gradients"] = moving, used
+            then["skip"] = "grad_norm_perturbed" in figures and not _usable(figures["grad_norm_perturbed"])
+            then["same"] = _identical(moving, climb.params)
             fused = None if then["skip"] or core.project_update or not then["same"] else core.fused
-            if fused is None or not fused.possible(params, second):
+            if fused is None or not fused.possible(moving, used):
                 return None
             then["way back"] = Rollback(core, active, [], [], deep=False)
-            return *self._all_but_the_step(active, figures, fused, second), done
+            return *self._all_but_the_step(active, figures, fused, used), done
 
-        on_cpu = figures["grad_norm"].device.type == "cpu"  # elsewhere it is measured at the first step of a turn
-        measure = on_cpu or "perturbation" not in core.warned or not core.counters.started[active]
-        figures["parts"] = _parts(gradients, rhos, figures["grad_norm"])
         try:
             core.begin_second_pass()
             figures["perturbation"] = _igm_rs.at_perturbed(
-                params, gradients, before, figures["grad_norm"], rhos, at_perturbed_weights, measure
+                climb.params,
+                climb.gradients,
+                before,
+                climb.norm,
+                climb.rhos,
+                at_perturbed_weights,
+                self._measures(active, climb.norm),
+                p=core.p,
+                adaptive=core.adaptive,
             )
         except BaseException:
             if then["way back"] is not None and not done:
@@ -227,22 +258,52 @@ class Stepper:
             return
         if not done:
             self._finish(active, figures, then["moving"], then["gradients"], kept=then["same"])
-        self._judge_perturbation(figures, rhos)
+        judge(core, figures)
 
-    def _second_pass(
-        self, active: str, closure: Closure, scaler: Any, random: RandomState | None, figures: Figures
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Gradient at θ + ε*: the closure once more. Returns what has gradients now, and these."""
+    def _measures(self, active: str, norm: torch.Tensor) -> bool:
+        """Whether this step measures its perturbation: always on the CPU, elsewhere at the first step of a turn."""
         core = self._core
-        if random is not None:
-            random.restore()
+        if norm.is_cpu or core.skip_inert:
+            return True
+        return "perturbation" not in core.warned or not core.counters.started[active]
+
+    def _pass_two(
+        self,
+        active: str,
+        second: Second,
+        figures: Figures,
+        params: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        measured: torch.Tensor | None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Gradient at θ + ε*: the closure once more. Returns what has gradients now, and these.
+
+        Where the perturbation has moved no weight, and that is asked about, θ + ε* is θ: its gradient is known.
+        """
+        core = self._core
+        if core.skip_inert and measured is not None and not float(measured[1]):
+            figures["second_pass"] = "unchanged"
+            return params, gradients
+        head = core.head_pass
+        if second.random is not None:
+            second.random.restore()
+        if head is not None:
+            figures["second_pass"] = "head"
+            head.begin(active, params)
         with torch.enable_grad():
-            figures["loss_perturbed"] = _loss_of(closure)
+            figures["loss_perturbed"] = _loss_of(second.closure)
         moving, gradients, _ = core.moving(active)
+        if head is not None:
+            head.check(active)
+            of_head = head.parameters(active)
+            moving = [p for p in moving if p in of_head]
         if not moving:
             self._check_computed(active)
-        self._unscale(scaler, moving, 1)
-        figures["grad_norm_perturbed"] = _norm(gradients)
+        self._unscale(second.scaler, moving, 1)
+        if head is not None:
+            head.end()
+            moving, gradients, _ = core.moving(active)
+        figures["grad_norm_perturbed"] = gradient_norm(gradients)
         return moving, gradients
 
     def _finish(
@@ -252,7 +313,6 @@ class Stepper:
         params: list[torch.Tensor],
         gradients: list[torch.Tensor],
         *,
-        unperturbed: bool = False,
         kept: bool = False,
     ) -> None:
         """Project and let the base optimizer step (Eq. 9; Algorithm 1, line 10), wholly or not at all.
@@ -271,9 +331,8 @@ class Stepper:
                 _igm_rs.restore_(before, params)
             way_back = Rollback(core, active, params if before else [], before, deep=core.atomic)
         try:
-            core.counters.unperturbed += unperturbed
             if fused is not None:
-                _igm_rs.sgd_step_(params, [], *self._all_but_the_step(active, figures, fused, gradients), done)
+                fused.step_(params, [], self._all_but_the_step(active, figures, fused, gradients), done)
             else:
                 self._prepare(active, figures)
                 self._base_step(active)
@@ -286,69 +345,79 @@ class Stepper:
             raise
 
     def _all_but_the_step(
-        self, active: str, figures: Figures, fused: FusedSGD, gradients: list[torch.Tensor]
-    ) -> Arguments:
+        self, active: str, figures: Figures, fused: Fused, gradients: list[torch.Tensor]
+    ) -> tuple[Any, ...]:
         """Do what belongs to a step, so that the one call with the returned arguments is the last of it."""
         self._prepare(active, figures)
         arguments = fused.prepare(self._core.modalities.active[active], gradients)
         self._note(active, figures)
         return arguments
 
-    def _captured(
+    def _on_device(
         self,
         active: str,
+        figures: Figures,
         params: list[torch.Tensor],
         gradients: list[torch.Tensor],
         rhos: list[float],
-        closure: Closure | None,
-        scaler: Any,
+        second: Second | None,
     ) -> None:
-        """Record a step in a CUDA graph: the host reads nothing, and an unusable gradient is undone on the device.
+        """Take a step for which the host reads nothing: it is undone on the device where a gradient was unusable.
 
-        Nothing is computed while a graph is recorded, so no counter moves; features are not gathered, now or when the
-        graph is replayed.
+        While a CUDA graph is recorded nothing is computed, so no counter moves then; features are not gathered, now or
+        when the graph is replayed, which writes to memory of its own.
         """
         core = self._core
-        sam = closure is not None and any(rho != 0 for rho in rhos)
-        figures: Figures = {"grad_norm": _norm(gradients)}
-        moving, before = params, _own_memory(params)
-        if sam and closure is not None:
-            core.begin_second_pass()
+        recorded = capturing(params)
+        moving = params
+        if second is not None:
+            climb = climb_of(core, active, params, gradients, rhos, figures)
             found: list[Any] = []
             try:
-                _igm_rs.at_perturbed(
-                    params,
-                    gradients,
-                    before,
-                    figures["grad_norm"],
-                    rhos,
-                    lambda: found.extend(self._second_pass(active, closure, scaler, None, figures)),
-                    False,
+                core.begin_second_pass()
+                figures["perturbation"] = _igm_rs.at_perturbed(
+                    climb.params,
+                    climb.gradients,
+                    self._room(climb.params, own=recorded),
+                    climb.norm,
+                    climb.rhos,
+                    lambda measured: found.extend(
+                        self._pass_two(active, second, figures, params, gradients, measured)
+                    ),
+                    not recorded and self._measures(active, climb.norm),
+                    p=core.p,
+                    adaptive=core.adaptive,
                 )
             finally:
                 core.end_second_pass()
             moving = found[0]
-            before = _own_memory(moving)
+        before = self._room(moving, own=recorded)
         _igm_rs.restore_(before, moving)
-        way_back = Rollback(core, active, moving, before, deep=True, own_memory=True)
+        way_back = Rollback(core, active, moving, before, deep=True, own_memory=recorded)
         try:
+            if not recorded:
+                self._course.enter(active)
             self._modify(active, figures)
             self._base_step(active)
             if core.project_update:
                 self._project_update(active, figures, dict(zip(moving, before, strict=True)))
-            usable = torch.ones((), dtype=torch.bool, device=params[0].device)
-            for name in ("grad_norm", "grad_norm_perturbed"):
-                if name in figures:
-                    usable &= torch.isfinite(figures[name])
-                    if sam or core.projects(active):
-                        usable &= figures[name] > 0
-            for tensor, kept in way_back.pairs():
-                here = usable.to(tensor.device) if tensor.is_cuda or not usable.is_cuda else None
-                if here is not None:  # a count on the host, as of an optimizer that is not capturable, stays
-                    tensor.copy_(torch.where(here, tensor, kept))
+            figures["usable"] = usable_on_device(figures, strict=figures["sam"] or core.projects(active))
+            if way_back.grown() and not recorded and not bool(figures["usable"]):
+                way_back.undo()  # state that was not there before can only go as a whole
+                self._skip(active, figures)
+                return
+            keep_where_unusable(figures["usable"], way_back.pairs())
+            if not recorded:
+                self._note(active, figures)
         except BaseException:
             way_back.undo()
             raise
+        if figures.get("perturbation") is not None:
+            core.unjudged = figures
+
+    def _room(self, params: list[torch.Tensor], *, own: bool) -> list[torch.Tensor]:
+        """Memory for weights, kept from step to step; or `own`, of a CUDA graph alone."""
+        return [torch.empty_like(p, requires_grad=False) for p in params] if own else self._core.buffers(params)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Parts of a step
@@ -373,7 +442,7 @@ class Stepper:
         return [
             (layer, projector, gradient)
             for layer, projector in zip(*self._core.projection.for_step(active), strict=True)
-            if (gradient := layer.module.weight.grad) is not None
+            if (gradient := layer.weight.grad) is not None
         ]
 
     def _clip(self, active: str, figures: Figures) -> None:
@@ -382,7 +451,7 @@ class Stepper:
         if core.max_grad_norm is None:
             return
         params, gradients, _ = core.moving(active)
-        figures["grad_norm_projected"] = norm = _norm(gradients)
+        figures["grad_norm_projected"] = norm = gradient_norm(gradients)
         torch.nn.utils.clip_grads_with_norm_(params, core.max_grad_norm, norm)
 
     def _base_step(self, active: str) -> None:
@@ -404,7 +473,7 @@ class Stepper:
         projected = self._projected(active)
         if projected:
             kept = self._core.before if weights_before is None else weights_before
-            weights: list[torch.Tensor] = [layer.module.weight for layer, _, _ in projected]
+            weights: list[torch.Tensor] = [layer.weight for layer, _, _ in projected]
             before = [kept[weight] for weight in weights]
             figures["projected"] = _igm_rs.project_update_(weights, before, [T for _, T, _ in projected])
 
@@ -413,11 +482,16 @@ class Stepper:
         core = self._core
         own = {layer.name for layer in core.projection.layers[active]}
         rows = core.tap.take() if core.turn is not None else core.tap.take(own)
+        usable = figures.get("usable")
+        if usable is not None:
+            keep_where_unusable(usable, [(new, torch.zeros_like(new)) for _, new in rows])
         if not core.counters.replaced:
             core.projection.add(active, rows)
         acted = core.projection.spectra_for(active)
         position = core.counters.turns, core.counters.steps + 1
-        self._course.count(active)
+        core.counters.unperturbed += figures["second_pass"] == "no closure"
+        core.counters.inert += figures["second_pass"] == "unchanged"
+        self._course.count(active, usable)
         self._tell(active, figures, acted, position, skipped=False)
 
     def _skip(self, active: str, figures: Figures) -> None:
@@ -425,6 +499,7 @@ class Stepper:
         core = self._core
         core.tap.drop()
         core.counters.skipped += 1
+        figures["skipped"] = True
         self._tell(active, figures, {}, (core.counters.turns, core.counters.steps), skipped=True)
 
     def _unscale(self, scaler: Any, params: list[torch.Tensor], which: int) -> None:
@@ -483,7 +558,7 @@ class Stepper:
         if not params or any(p.grad is None for p in params):
             return False
         with torch.no_grad():
-            if float(_norm([p.grad for p in params if p.grad is not None])) != 0:
+            if float(gradient_norm([p.grad for p in params if p.grad is not None])) != 0:
                 return False
             step_without_hooks(core.base)
         core.provisional = bool(state)
@@ -519,41 +594,15 @@ class Stepper:
             "step": step,
             "skipped": skipped,
             "skipped_steps": core.counters.skipped,
+            "second_pass": figures["second_pass"],
         }
-        core.last_stats = step_stats(constants, figures, spectra)
-
-    def _judge_perturbation(self, figures: Figures, rhos: list[float]) -> None:
-        """Warn once where the dtype swallows most of the perturbation (method.md §7)."""
-        warned = self._core.warned
-        if "perturbation" in warned or figures.get("perturbation") is None:
-            return
-        length, moved = effective_perturbation(figures)
-        if figures["perturbation"].device.type != "cpu":
-            warned.add("perturbation")  # looked at once: the next look would wait for the device again
-        if length is not None and length < _NOTICEABLE:
-            warned.discard("perturbation")
-            self._core.warn_once(
-                "perturbation",
-                f"rho = {max(rhos):g} is below the resolution of the weights: the realised perturbation has "
-                f"{length:.2%} of the length asked for and moved {moved or 0:.2%} of them, so SAM does next to "
-                "nothing; 0.02 to 0.05 is a usual rho",
-            )
+        core.last_stats = step_stats(constants, figures, spectra, list(core.counters.pending.values()))
 
 
 _REMEMBER = (
     "{0} with preserve_rng=True does not know what the first pass has drawn: expected opt.remember_rng() before the "
     "first pass's forward, or step(closure)"
 )
-
-
-def capturing(params: list[torch.Tensor]) -> bool:
-    """Whether a CUDA graph is being recorded on the stream that `params` are computed on."""
-    return params[0].is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _own_memory(params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Memory for weights that belongs to a CUDA graph alone: it is written to whenever the graph is replayed."""
-    return [torch.empty_like(p, requires_grad=False) for p in params]
 
 
 def one_closure(
@@ -593,20 +642,6 @@ def _loss_of(closure: Closure) -> Any:
     return loss
 
 
-def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """‖g‖₂ over all gradients; TypeError for one that is sparse."""
-    try:
-        return _igm_rs.gradient_norm(gradients)
-    except ValueError:
-        for g in gradients:
-            if g.layout is not torch.strided:
-                raise TypeError(
-                    f"the gradient of a parameter of shape {tuple(g.shape)} has the layout {g.layout}, expected a "
-                    "dense tensor: sparse gradients are not supported"
-                ) from None
-        raise
-
-
 def _identical(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     """Whether both lists hold the same objects in the same order."""
     return len(some) == len(others) and all(map(operator.is_, some, others))
@@ -619,14 +654,3 @@ def _finite(norm: torch.Tensor) -> bool:
 def _usable(*norms: torch.Tensor) -> bool:
     """Whether a step can be taken: each gradient norm finite and not zero. Waits for the device of the norms."""
     return all(math.isfinite(value) and value > 0 for value in map(float, norms))
-
-
-def _parts(gradients: list[torch.Tensor], rhos: list[float], norm: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
-    """Each ρ with the norm of the gradients that it is for: what the length of ε* follows from."""
-    different = sorted(set(rhos))
-    if len(different) == 1:
-        return [(different[0], norm)]
-    return [
-        (rho, _igm_rs.gradient_norm([g for g, own in zip(gradients, rhos, strict=True) if own == rho]))
-        for rho in different
-    ]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 __all__ = ["Counters"]
 
 
@@ -15,7 +17,9 @@ class Counters:
 
     ``open`` is the modality whose turn is under way or was interrupted, ``explicit`` whether it was opened by
     ``turn()`` rather than by steps outside any turn; ``started[j]`` whether j's present Ȳ has begun; ``since[j]`` the
-    steps of j since its T was made.
+    steps of j since its T was made; ``taken[j]`` the steps of j, of which SAM makes every k-th; ``inert`` the steps whose
+    perturbation moved no weight, so that they had no second pass.
+    ``pending[j]`` counts, on the device, steps of j that are counted here as taken and could not be (:meth:`settle`).
     """
 
     names: Sequence[str]
@@ -23,15 +27,19 @@ class Counters:
     steps: int = 0
     skipped: int = 0
     unperturbed: int = 0
+    inert: int = 0
     open: str | None = None
     explicit: bool = False
     replaced: bool = False
     started: dict[str, bool] = field(default_factory=dict)
     since: dict[str, int] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)
+    pending: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.started = dict.fromkeys(self.names, False) | self.started
         self.since = dict.fromkeys(self.names, 0) | self.since
+        self.taken = dict.fromkeys(self.names, 0) | self.taken
 
     def close(self) -> None:
         """Close the open turn, finished or not."""
@@ -40,15 +48,37 @@ class Counters:
             self.since[self.open] = 0
         self.open, self.explicit, self.replaced = None, False, False
 
+    def doubt(self, active: str, usable: torch.Tensor) -> None:
+        """Note of the step of `active` just counted that only the device knows whether it was taken."""
+        unusable = usable.logical_not()
+        so_far = self.pending.get(active)
+        self.pending = self.pending | {active: unusable.long() if so_far is None else so_far + unusable}
+
+    def settle(self) -> None:
+        """Wait for the device, and count the steps that it found unusable as skipped."""
+        if not self.pending:
+            return
+        settled = self.copy()
+        settled.pending = {}
+        for name, count in self.pending.items():
+            unusable = int(count)
+            settled.skipped += unusable
+            settled.steps -= unusable
+            settled.taken[name] -= unusable
+            settled.since[name] = max(0, settled.since[name] - unusable)
+        self.put_back(settled)
+
     def state(self) -> dict[str, Any]:
         """Plain values for a state dict."""
+        self.settle()
         values = dict(vars(self))
-        del values["names"]
-        return values | {"started": dict(self.started), "since": dict(self.since)}
+        del values["names"], values["pending"]
+        return values | {key: dict(value) for key, value in values.items() if isinstance(value, dict)}
 
     def copy(self) -> Counters:
         """Return the same counts, counted separately."""
-        return Counters(self.names, **self.state())
+        values = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(self).items()}
+        return Counters(**values)
 
     def put_back(self, earlier: Counters) -> None:
         """Count from `earlier` on."""

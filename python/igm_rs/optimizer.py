@@ -17,6 +17,7 @@ from ._batchnorm import Statistics
 from ._core import Closure, Core, PerModality, Replay, lr_of
 from ._course import Course
 from ._features import FeatureTap
+from ._head_pass import head_pass_of
 from ._layers import Layer, check_gradients, head_layers, scope_layers
 from ._modalities import Modalities, check_parameters, parameter_names
 from ._projection import Projection, ProjectionOptions
@@ -63,6 +64,23 @@ class IGMOptimizer(torch.optim.Optimizer):
     tau : float or mapping of str to float
         τ ≥ 0, strength of the T⁽ᵏ⁾ that modality k's features make, dimensionless: its eigenvalues lie in [e^−τ, 1];
         0 is no projection. The ``"tau"`` of the group that holds a layer's weight wins.
+    p : {2.0, math.inf}
+        Norm in which ε* has the length ρ: 2 as in Eq. (7), or ∞, ε* = ρ sign(g).
+    adaptive : bool
+        Whether ε* grows with the weights (ASAM), with T_θ = |θ| + 0.01: ε* = ρ T_θ² g/‖T_θ g‖₂; with ``p=math.inf``
+        ε* = ρ T_θ sign(g). A usual ρ is then ten times as large.
+    sam_every : int
+        SAM in the first of every so many steps of each modality; the other steps have one pass. In the two-call form
+        the script makes the passes, and each step has both; what a CUDA graph repeats is the step it has recorded.
+    sam_scope : {"all", "head"}
+        What ε* moves. ``"head"``: the head's parameters alone, with the norm of their gradients; in the second pass the
+        modules of the modality beside its head give what they gave in the first, without being called, and the
+        gradients of all but the head are those of the first pass. This is no longer SAM of the encoders. It needs `heads`
+        or `head`, encoders that are modules of `modalities`, and :meth:`step` with a closure, or :meth:`replay`.
+    skip_inert : bool
+        Whether the second pass is left out where the perturbation has moved no weight at all, to the bit: such a pass
+        differs from the first by its random numbers at most. On CUDA the step then waits for the device; while a CUDA
+        graph is recorded nothing is left out.
     sources : {"previous", "others"} or mapping of str to None, str or list of str
         Whose T acts on each modality: the one trained before it (Algorithm 1, line 9), all others (their product in
         the order of training), or as listed; None is "not projected" (Table 3).
@@ -93,8 +111,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         two-call form and :meth:`replay` then need :meth:`remember_rng` before the first pass.
     atomic : bool
         Whether a base optimizer's step that fails half-way is undone. It costs a copy of the base's state, in memory
-        and time; ``torch.optim.SGD`` on the CPU is atomic without. False: a failed step of the base may leave its
-        state, and without SAM the weights, half changed.
+        and time; on the CPU ``torch.optim.SGD``, ``Adam`` and ``AdamW`` are atomic without. False: a failed step of the
+        base may leave its state, and without SAM the weights, half changed; on CUDA a step then waits for its norms.
     **base_kwargs
         Passed to `base`, such as ``lr=0.01``.
 
@@ -108,6 +126,11 @@ class IGMOptimizer(torch.optim.Optimizer):
     -----
     With ``rho=0`` and no projection a step is the base optimizer's own, to the bit. Otherwise a step whose gradient is
     zero or not finite, in either pass, leaves everything as it was and is counted in ``last_stats["skipped_steps"]``.
+
+    On CUDA a step waits for nothing, but where it makes the base's state, ends a turn, or has several modalities with
+    gradients outside any turn. An unusable gradient is undone on the device, and counted when that is asked for or a turn
+    ends; a turn all of whose steps were unusable has ended all the same, and Adam's own count of steps, where it is kept
+    on the host, has counted them.
 
     A step is taken wholly or not at all: whatever is raised in it, a KeyboardInterrupt too, weights, the base's state,
     covariances, projectors and counters are as before it, or as after it.
@@ -146,6 +169,11 @@ class IGMOptimizer(torch.optim.Optimizer):
         model: nn.Module | None = None,
         rho: float | Mapping[str, float] = 0.05,
         tau: float | Mapping[str, float] = 0.4,
+        p: float = 2.0,
+        adaptive: bool = False,
+        sam_every: int = 1,
+        sam_scope: str = "all",
+        skip_inert: bool = False,
         sources: str | Mapping[str, Any] = "previous",
         projector: str = "flat",
         features: str = "mean",
@@ -179,7 +207,12 @@ class IGMOptimizer(torch.optim.Optimizer):
             "max_grad_norm": None if max_grad_norm is None else _checks.positive("max_grad_norm", max_grad_norm),
             "preserve_rng": _checks.flag("preserve_rng", preserve_rng),
             "atomic": _checks.flag("atomic", atomic),
+            "p": _checks.norm_order("p", p),
+            "adaptive": _checks.flag("adaptive", adaptive),
+            "sam_every": _checks.positive_integer("sam_every", sam_every),
+            "skip_inert": _checks.flag("skip_inert", skip_inert),
         }
+        _checks.choice("sam_scope", sam_scope, ("all", "head"))
         if sum(given is not None for given in (heads, head, scope)) > 1:
             raise ValueError("heads, head and scope are given together, expected at most one of them")
 
@@ -211,12 +244,13 @@ class IGMOptimizer(torch.optim.Optimizer):
             tau=PerModality("tau", tau, names),
             projection=Projection(layers, by_name, options),
             tap=FeatureTap(
-                {id(layer.module): layer for mine in layers.values() for layer in mine}.values(),
+                {id(layer): layer for mine in layers.values() for layer in mine}.values(),
                 "mean" if features == "mean" else "samples",
             ),
             statistics=Statistics(roots),
             initial_lr=[lr_of(group) for group in ready.param_groups],
             counters=Counters(names),
+            head_pass=head_pass_of(members, heads, head, model, random=preserve_rng) if sam_scope == "head" else None,
             **settings,
         )
         self._set_up(core)
@@ -361,13 +395,19 @@ class IGMOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Number of steps that were skipped for a zero or non-finite gradient."""
+        """Number of steps that were skipped for a zero or non-finite gradient; on CUDA, asking waits for the device."""
+        self._core.counters.settle()
         return self._core.counters.skipped
 
     @property
     def unperturbed_steps(self) -> int:
         """Number of steps taken without SAM, because no closure was given, while ``rho`` asked for it."""
         return self._core.counters.unperturbed
+
+    @property
+    def inert_steps(self) -> int:
+        """Number of steps without a second pass because ``skip_inert`` found that no weight had moved."""
+        return self._core.counters.inert
 
     # ------------------------------------------------------------------------------------------------------------------
     # Turns (Algorithm 1, lines 1-3 and 11-13)
@@ -403,7 +443,7 @@ class IGMOptimizer(torch.optim.Optimizer):
             finished = True
         finally:
             core.turn = None
-            core.tap.drop()
+            core.forget_passes()
             if core.perturbed is not None:
                 core.abandon_perturbation()
         if finished and core.counters.open == name:
@@ -517,7 +557,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         Raises
         ------
         RuntimeError
-            When the weights are perturbed already, or more than one modality has gradients outside any turn.
+            When the weights are perturbed already; more than one modality has gradients outside any turn; with
+            ``sam_scope="head"``.
         """
         _check_scaler(scaler)
         self._stepper.first(scaler)
@@ -572,7 +613,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         For a ``scaler.step(opt)`` that did not call ``step()``, as the scaler found an infinity in the first pass.
         """
         self._core.replay = self._core.random = None
-        self._core.tap.drop()
+        self._core.forget_passes()
 
     def remember_rng(self) -> None:
         """Note torch's random state now, before the first pass of a step that ``first_step`` or ``replay`` will take.
@@ -698,8 +739,9 @@ class IGMOptimizer(torch.optim.Optimizer):
         core.before.clear()
         core.spare.clear()
         core.provisional = False
-        core.replay = core.random = None
-        core.tap.drop()
+        core.replay = core.random = core.unjudged = None
+        core.counters.settle()
+        core.forget_passes()
         if mine is not None:
             _checkpoint.load(core, mine)
             if core.turn is not None and core.counters.open not in (None, core.turn):
@@ -721,7 +763,7 @@ def _check_scaler(scaler: Any) -> None:
 def _check_held(modalities: Modalities, layers: Mapping[str, list[Layer]]) -> None:
     for name, mine in layers.items():
         for layer in mine:
-            if modalities.group_of(layer.module.weight, name) is None:
+            if modalities.group_of(layer.weight, name) is None:
                 raise ValueError(
                     f"the weight of projected layer {layer} of {name!r} is not held by the base optimizer, or "
                     "belongs to another modality alone; expected it in param_groups and in that modality or in none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,9 +31,13 @@ class StepStats(Mapping[str, Any]):
         ‖∇L(θ)‖₂ and ‖∇L(θ + ε*)‖₂ over all moving parameters.
     ``grad_norm_projected``
         L2 norm over all moving parameters after projection and before clipping to ``max_grad_norm``.
+    ``second_pass``
+        ``"taken"``; ``"head"``, taken for the head alone; ``"every"``, left out as ``sam_every`` says; ``"unchanged"``,
+        left out as the perturbation has moved no weight; ``"no closure"``; ``"off"`` where rho is 0. None where the
+        first gradient was unusable.
     ``effective_perturbation``, ``moved``
-        ‖realised ε‖ / ‖ε*‖, and the share of weights with a gradient that the perturbation really changed; on CUDA
-        measured at the first step of each turn.
+        ‖realised ε‖ / ‖ε*‖ (None with ``adaptive``), and the share of weights with a gradient that the perturbation
+        really changed; on CUDA measured at the first step of each turn.
     ``projected``
         For each projected layer ``norm_before``, ``norm_after`` and ``cosine`` of G and G T.
     ``lambda_max``, ``lambda_min``, ``effective_rank``
@@ -60,10 +64,16 @@ class StepStats(Mapping[str, Any]):
         return f"{type(self).__name__}({dict(self)!r})"
 
 
-def step_stats(constants: Mapping[str, Any], figures: dict[str, Any], spectra: Mapping[str, torch.Tensor]) -> StepStats:
+def step_stats(
+    constants: Mapping[str, Any],
+    figures: dict[str, Any],
+    spectra: Mapping[str, torch.Tensor],
+    pending: Sequence[torch.Tensor] = (),
+) -> StepStats:
     """Return the stats of a step from what is known at once, what the step has noted, and the spectra behind its T's.
 
-    `figures` is read when an entry is looked at; losses in it are detached from their graph now.
+    `figures` is read when an entry is looked at; losses in it are detached from their graph now. `pending` counts, on a
+    device, steps that `constants` take for taken and were not.
     """
     for key in ("loss", "loss_perturbed"):
         value = figures.get(key)
@@ -73,8 +83,14 @@ def step_stats(constants: Mapping[str, Any], figures: dict[str, Any], spectra: M
             figures[key] = None
     names = figures.get("layers", [])
 
+    def taken() -> bool:
+        return bool(figures.get("usable", True))
+
+    def unusable() -> int:
+        return sum(map(int, pending))
+
     def projected() -> dict[str, dict[str, float]]:
-        rows = figures["projected"].tolist() if names else []
+        rows = figures["projected"].tolist() if names and taken() else []
         return {
             name: dict(zip(("norm_before", "norm_after", "cosine"), row, strict=True))
             for name, row in zip(names, rows, strict=True)
@@ -87,6 +103,11 @@ def step_stats(constants: Mapping[str, Any], figures: dict[str, Any], spectra: M
     entries["effective_perturbation"] = lambda: effective_perturbation(figures)[0]
     entries["moved"] = lambda: effective_perturbation(figures)[1]
     entries["projected"] = projected
+    if "usable" in figures:  # the device knows
+        entries["skipped"] = lambda: not taken()
+    if pending:
+        entries["skipped_steps"] = lambda: constants["skipped_steps"] + unusable()
+        entries["step"] = lambda: constants["step"] - unusable()
     entries["lambda_max"] = lambda: {name: float(values.max()) for name, values in spectra.items()}
     entries["lambda_min"] = lambda: {name: float(values.min()) for name, values in spectra.items()}
     entries["effective_rank"] = lambda: {name: effective_rank(values) for name, values in spectra.items()}
@@ -99,11 +120,19 @@ def effective_perturbation(figures: Mapping[str, Any]) -> tuple[float | None, fl
     if measured is None:
         return None, None
     realised, moved, with_gradient = measured.tolist()
-    norm = float(figures["grad_norm"])
+    norm = float(figures["climb_norm"])
     if not (math.isfinite(norm) and norm > 0):
         return None, None
-    intended = math.sqrt(sum((rho * float(part)) ** 2 for rho, part in figures["parts"])) / norm
-    return _ratio(realised, intended), _ratio(moved, with_gradient)
+    if figures["asked"] is None:
+        length = None
+    else:
+        p, parts = figures["asked"]
+        if math.isinf(p):
+            asked = parts[0][0] * math.sqrt(with_gradient)
+        else:
+            asked = math.sqrt(sum((rho * float(part)) ** 2 for rho, part in parts)) / norm
+        length = _ratio(realised, asked)
+    return length, _ratio(moved, with_gradient)
 
 
 def effective_rank(singular_values: torch.Tensor) -> float:

@@ -1,10 +1,11 @@
-//! What Python sees of `covariance.rs`: rows and cumulative covariances (Eq. (2)).
+//! What Python sees of `covariance.rs` and `unfold.rs`: rows and cumulative covariances (Eq. (2)).
 
 use pyo3::prelude::*;
 
-use super::{In, Ins, Out};
+use super::{released, In, Ins, Out};
 use crate::aten;
 use crate::covariance::{self, Reduce};
+use crate::unfold::{self, Geometry};
 
 /// Make the rows by which a batch enters the covariance: its mean over the batch, or every sample.
 ///
@@ -14,11 +15,13 @@ use crate::covariance::{self, Reduce};
 ///     Input of a layer, shape (n_B, ..., d) with d >= 1, float16, bfloat16, float32 or float64. Not changed.
 /// reduce : {"mean", "samples"}
 ///     "mean": the mean over the batch for each of the s remaining positions, s rows. "samples": all n_B * s rows.
+/// augment : bool, default False
+///     Put a constant 1 behind the features, for a bias.
 ///
 /// Returns
 /// -------
 /// torch.Tensor
-///     Shape (s, d) or (n_B * s, d), on the device of `features`: float64 on the CPU, elsewhere at least float32. It shares no memory
+///     Shape (s, d) or (n_B * s, d), one column more with `augment`, on the device of `features`: float64 on the CPU, elsewhere at least float32. It shares no memory
 ///     with `features`. An empty batch gives shape (0, d).
 ///
 /// Raises
@@ -32,11 +35,79 @@ use crate::covariance::{self, Reduce};
 /// ----------
 /// Eq. (2): the covariance is the sum of the outer products of these rows.
 #[pyfunction]
-#[pyo3(signature = (features, reduce))]
-pub fn batch_rows(features: In, reduce: &str) -> PyResult<Out> {
+#[pyo3(signature = (features, reduce, augment = false))]
+pub fn batch_rows(features: In, reduce: &str, augment: bool) -> PyResult<Out> {
     let _plain = aten::plain();
     let reduce = Reduce::parse(reduce)?;
-    Ok(Out(covariance::batch_rows(&features.0, reduce)?))
+    Ok(Out(covariance::batch_rows(&features.0, reduce, augment)?))
+}
+
+/// Make the rows by which a convolution's batch enters the covariance: the patches that its kernel sees, one for each position.
+///
+/// Parameters
+/// ----------
+/// features : torch.Tensor
+///     Input of the convolution, shape (n_B, C, ...) with one to three further dimensions; float16, bfloat16, float32 or float64. Not
+///     changed.
+/// reduce : {"mean", "samples"}
+///     "mean": the patches of the mean over the batch, one row for each of the p positions. "samples": all n_B * p rows.
+/// kernel, stride, dilation : sequence of int
+///     One number >= 1 for each of these dimensions.
+/// padding : sequence of (int, int)
+///     What is added before and behind, >= 0.
+/// mode : {"zeros", "reflect", "replicate", "circular"}
+///     What is added.
+/// groups : int, default 1
+///     G, a divisor of C.
+/// augment : bool, default False
+///     Put a constant 1 behind the features of each group, for a bias.
+///
+/// Returns
+/// -------
+/// torch.Tensor
+///     Shape (p, G * d) or (n_B * p, G * d) with d = C / G * product of kernel, or G * (d + 1) with `augment`; columns in the order of
+///     ``weight.reshape(out, -1)``, group by group. On the device of `features`: float64 on the CPU, elsewhere at least float32. An empty
+///     batch gives no row.
+///
+/// Raises
+/// ------
+/// ValueError
+///     If `features` has another number of dimensions, no room for the kernel, or is not dense and of floating point; if a number or word
+///     of the geometry is none of these.
+/// TypeError
+///     If `features` is not a tensor.
+///
+/// References
+/// ----------
+/// Eq. (2), with the patches for features: a convolution is ``weight.reshape(out, -1)`` times each of them.
+#[pyfunction]
+#[pyo3(signature = (features, reduce, kernel, stride, padding, dilation, mode, groups = 1, augment = false))]
+#[allow(clippy::too_many_arguments)] // a convolution has that many
+pub fn conv_rows(
+    py: Python<'_>,
+    features: In,
+    reduce: &str,
+    kernel: Vec<i64>,
+    stride: Vec<i64>,
+    padding: Vec<(i64, i64)>,
+    dilation: Vec<i64>,
+    mode: String,
+    groups: i64,
+    augment: bool,
+) -> PyResult<Out> {
+    let reduce = Reduce::parse(reduce)?;
+    let geometry = Geometry {
+        kernel,
+        stride,
+        padding,
+        dilation,
+        mode,
+    };
+    let In(features) = features;
+    released(py, move || {
+        unfold::conv_rows(&features, reduce, &geometry, groups, augment)
+    })
+    .map(Out)
 }
 
 /// Copy the finite rows into a buffer, behind those that it holds; `buffer` is changed.
