@@ -192,6 +192,49 @@ impl<T: Real> Loop for Step<'_, T> {
     }
 }
 
+/// Where the memory of one tensor and of what belongs to it begins.
+struct Places {
+    /// θ.
+    theta: usize,
+    /// Where θ starts from.
+    start: Option<usize>,
+    /// g.
+    g: usize,
+    /// m.
+    m: usize,
+    /// v.
+    v: usize,
+    /// The largest v so far.
+    most: Option<usize>,
+}
+
+impl Places {
+    /// The step of the elements of `span`.
+    ///
+    /// # Safety
+    /// As [`aten::slice_mut`] for θ, m, v and the largest v; as [`aten::slice`] for the others.
+    unsafe fn step<'a, T: Real>(
+        &self,
+        span: aten::Span,
+        settings: &Settings,
+        t: f64,
+    ) -> Step<'a, T> {
+        // SAFETY: promised by the caller.
+        unsafe {
+            Step {
+                params: aten::slice_mut(self.theta, span),
+                before: self.start.map(|address| aten::slice(address, span)),
+                gradients: aten::slice(self.g, span),
+                averages: aten::slice_mut(self.m, span),
+                squares: aten::slice_mut(self.v, span),
+                largest: self.most.map(|address| aten::slice_mut(address, span)),
+                rounded: Rounded::of(settings, t),
+                settings: *settings,
+            }
+        }
+    }
+}
+
 /// The larger number; NaN if one is.
 #[inline(always)]
 #[allow(clippy::eq_op)] // only NaN differs from itself
@@ -204,7 +247,7 @@ fn maximum<T: Real>(a: T, b: T) -> T {
 }
 
 /// What Adam keeps of the tensors: averages, averages of squares, the largest of these, numbers of steps.
-type State<'a, 'b> = (
+pub type State<'a, 'b> = (
     &'b [&'a Tensor],
     &'b [&'a Tensor],
     &'b [Option<&'a Tensor>],
@@ -435,31 +478,21 @@ pub fn adam_step_(
         };
         let most = most.get(i).copied().filter(|&address| address != 0);
         let start = starts.get(i).copied();
+        let places = Places {
+            theta,
+            start,
+            g,
+            m,
+            v,
+            most,
+        };
         // SAFETY: the addresses and the dtype belong to tensor `i`, which `span` is of; written pieces overlap nothing, and no two spans
         // overlap; the GIL keeps the tensors alive.
         unsafe {
             if is_double(info) {
-                aten::run(Step::<f64> {
-                    params: aten::slice_mut(theta, span),
-                    before: start.map(|address| aten::slice(address, span)),
-                    gradients: aten::slice(g, span),
-                    averages: aten::slice_mut(m, span),
-                    squares: aten::slice_mut(v, span),
-                    largest: most.map(|address| aten::slice_mut(address, span)),
-                    rounded: Rounded::of(settings, t),
-                    settings: *settings,
-                });
+                aten::run(places.step::<f64>(span, settings, t));
             } else {
-                aten::run(Step::<f32> {
-                    params: aten::slice_mut(theta, span),
-                    before: start.map(|address| aten::slice(address, span)),
-                    gradients: aten::slice(g, span),
-                    averages: aten::slice_mut(m, span),
-                    squares: aten::slice_mut(v, span),
-                    largest: most.map(|address| aten::slice_mut(address, span)),
-                    rounded: Rounded::of(settings, t),
-                    settings: *settings,
-                });
+                aten::run(places.step::<f32>(span, settings, t));
             }
         }
     })?;

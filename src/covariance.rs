@@ -26,14 +26,16 @@ fn check_alike(argument: &str, info: &Info, other: &str, wanted: &Info) -> Resul
     Ok(())
 }
 
-/// A square matrix in working dtype.
+/// A square matrix, or one for each of G groups, in working dtype.
 fn check_covariance(covariance: &Tensor) -> Result<Info> {
-    let info = aten::matrix("covariance", covariance)?;
-    if info.sizes[0] != info.sizes[1] {
+    let info = aten::describe_one(covariance)?;
+    aten::floating("covariance", &info)?;
+    let grouped = info.dim == 3;
+    if !(info.dim == 2 || grouped) || info.sizes[usize::from(grouped)] != info.last {
         return Err(Error::value(
             "covariance",
             format_args!("shape {}", info.shape()),
-            "a square matrix",
+            "a square matrix (d, d), or (G, d, d)",
         ));
     }
     check_working("covariance", &info)?;
@@ -202,20 +204,37 @@ fn append_finite(buffer: &Tensor, used: i64, rows: &Tensor, info: &Info) -> Resu
     i64::try_from(kept).map_err(|_| Error::value("rows", kept, "fewer than 2^63 rows"))
 }
 
-/// `Ȳ ← Ȳ + Σ_t z̄_t z̄_tᵀ`, as one product RᵀR.
+/// Number of groups and width of one group's covariance.
+fn groups_of(covariance: &Info) -> (i64, i64) {
+    let groups = if covariance.dim == 3 {
+        covariance.sizes[0]
+    } else {
+        1
+    };
+    (groups, covariance.last)
+}
+
+/// `Ȳ ← Ȳ + Σ_t z̄_t z̄_tᵀ`, as one product RᵀR; of several groups, whose columns stand side by side, one product for each.
 pub fn accumulate_(covariance: &mut Tensor, rows: &Tensor) -> Result<()> {
     let info = check_covariance(covariance)?;
+    let (groups, d) = groups_of(&info);
     let other = aten::matrix("rows", rows)?;
     check_alike("rows", &other, "covariance", &info)?;
-    if other.sizes[1] != info.sizes[0] {
+    if other.sizes[1] != groups * d {
         return Err(Error::value(
             "rows",
             format_args!("shape {}", other.shape()),
-            format_args!("{} columns, as covariance", info.sizes[0]),
+            format_args!("{} columns, as covariance", groups * d),
         ));
     }
-    if other.sizes[0] > 0 {
+    if other.sizes[0] == 0 {
+        return Ok(());
+    }
+    if info.dim == 2 {
         let _in_place = covariance.f_addmm_(&rows.f_tr()?, rows)?;
+    } else {
+        let apart = rows.f_reshape([-1, groups, d])?.f_transpose(0, 1)?;
+        let _in_place = covariance.f_baddbmm_(&apart.f_transpose(1, 2)?, &apart)?;
     }
     Ok(())
 }
@@ -246,18 +265,24 @@ pub fn centre_(covariance: &mut Tensor, total: &Tensor, count: f64) -> Result<()
     let other = aten::describe_one(total)?;
     aten::floating("total", &other)?;
     check_alike("total", &other, "covariance", &info)?;
-    if other.dim != 1 || other.sizes[0] != info.sizes[0] {
+    let (groups, d) = groups_of(&info);
+    if other.dim != 1 || other.sizes[0] != groups * d {
         return Err(Error::value(
             "total",
             format_args!("shape {}", other.shape()),
-            format_args!("({},), as covariance", info.sizes[0]),
+            format_args!("({},), as covariance", groups * d),
         ));
     }
     if !(count.is_finite() && count > 0.0) {
         return Err(Error::value("count", count, "a finite number > 0"));
     }
     let share = total.f_mul_scalar(1.0 / count.sqrt())?;
-    let _in_place = covariance.f_addr_(&share, &share.f_neg()?)?;
+    if info.dim == 2 {
+        let _in_place = covariance.f_addr_(&share, &share.f_neg()?)?;
+    } else {
+        let share = share.f_reshape([groups, d, 1])?;
+        let _in_place = covariance.f_baddbmm_(&share, &share.f_neg()?.f_transpose(1, 2)?)?;
+    }
     Ok(())
 }
 

@@ -14,9 +14,11 @@ use crate::spectrum::check_full_precision;
 /// The factors of each layer, the first one acts first: `∇W T₁ T₂ ⋯`.
 pub type Factors = Vec<Vec<Factor>>;
 
-/// A matrix (out, d) or (G, out/G, d) beside its bias (out,) or (G, out/G), whose column comes last: `[W b]`.
-fn joined(matrix: &Tensor, bias: Option<&Tensor>, kind: Kind) -> Result<Tensor> {
-    let matrix = matrix.f_to_dtype(kind, false, false)?;
+/// A matrix (out, …) or (G, out/G, …), where … are d numbers, beside its bias (out,) or (G, out/G), whose column comes last: `[W b]`.
+fn joined(matrix: &Tensor, bias: Option<&Tensor>, grouped: bool, kind: Kind) -> Result<Tensor> {
+    let matrix = matrix
+        .f_flatten(1 + i64::from(grouped), -1)?
+        .f_to_dtype(kind, false, false)?;
     match bias {
         None => Ok(matrix),
         Some(bias) => {
@@ -24,15 +26,6 @@ fn joined(matrix: &Tensor, bias: Option<&Tensor>, kind: Kind) -> Result<Tensor> 
             Ok(Tensor::f_cat(&[matrix, column], -1)?)
         }
     }
-}
-
-/// The two parts of what [`joined`] has joined.
-fn parted(joined: Tensor, has_bias: bool, d: i64) -> Result<(Tensor, Option<Tensor>)> {
-    if !has_bias {
-        return Ok((joined, None));
-    }
-    let bias = joined.f_select(-1, d)?;
-    Ok((joined.f_narrow(-1, 0, d)?, Some(bias)))
 }
 
 /// `G T` for one factor, of T = c (I − Rᵀ M R) without making T.
@@ -105,6 +98,8 @@ struct Checked {
     infos: Vec<Info>,
     /// The dtype to compute each layer in: the widest of gradient and factors, at least float32.
     kinds: Vec<Kind>,
+    /// Which of them are of several groups.
+    grouped: Vec<bool>,
 }
 
 /// Checks lists of matrices, biases and factors.
@@ -126,9 +121,15 @@ fn check(
     }
     let infos = check_list(argument, matrices)?;
     check_unshared(argument, &infos)?;
-    let mut kinds = Vec::with_capacity(matrices.len());
+    let (mut kinds, mut all_grouped) = (Vec::new(), Vec::new());
     for (index, info) in infos.iter().enumerate() {
-        if !matches!(info.dim, 2 | 3) {
+        let described = factors[index]
+            .iter()
+            .enumerate()
+            .map(|(place, factor)| describe_factor(&format!("factors[{index}][{place}]"), factor))
+            .collect::<Result<Vec<_>>>()?;
+        let grouped = described.iter().any(|&(_, groups)| groups > 0);
+        if info.dim < 2 + i32::from(grouped) {
             return Err(Error::value(
                 format_args!("{argument}[{index}]"),
                 format_args!("shape {}", info.shape()),
@@ -136,19 +137,28 @@ fn check(
             ));
         }
         let bias = biases.get(index).copied().flatten();
+        let leading: i64 = info.sizes[..1 + usize::from(grouped)].iter().product();
         if let Some(bias) = bias {
-            check_bias(&format!("biases[{index}]"), bias, info)?;
+            check_bias(
+                &format!("biases[{index}]"),
+                bias,
+                info,
+                1 + usize::from(grouped),
+            )?;
         }
+        let width = if leading == 0 {
+            info.last
+        } else {
+            info.numel / leading
+        } + i64::from(bias.is_some());
         let mut double = is_double(info);
-        let width = info.last + i64::from(bias.is_some());
-        for (place, factor) in factors[index].iter().enumerate() {
-            let name = format!("factors[{index}][{place}]");
-            let (found, groups) = describe_factor(&name, factor)?;
-            let fits =
-                found.last == width && (groups == 0 || info.dim == 3 && groups == info.sizes[0]);
-            if !fits || !found.is_beside(info) {
+        for (place, (found, groups)) in described.iter().enumerate() {
+            if found.last != width
+                || (*groups > 0 && *groups != info.sizes[0])
+                || !found.is_beside(info)
+            {
                 return Err(Error::value(
-                    name,
+                    format_args!("factors[{index}][{place}]"),
                     format_args!("shape {} on {}", found.shape(), found.device()),
                     format_args!(
                         "{width} columns on {}, for {argument}[{index}] of shape {}{}",
@@ -158,21 +168,25 @@ fn check(
                     ),
                 ));
             }
-            double = double || is_double(&found);
+            double = double || is_double(found);
         }
         kinds.push(if double { Kind::Double } else { Kind::Float });
+        all_grouped.push(grouped);
     }
-    Ok(Checked { infos, kinds })
+    Ok(Checked {
+        infos,
+        kinds,
+        grouped: all_grouped,
+    })
 }
 
 /// A bias fits its matrix: as many rows, the same dtype and device.
-fn check_bias(name: &str, bias: &Tensor, matrix: &Info) -> Result<()> {
+fn check_bias(name: &str, bias: &Tensor, matrix: &Info, leading: usize) -> Result<()> {
     let info = aten::describe_one(bias)?;
     aten::floating(name, &info)?;
     aten::unshared(name, &info)?;
-    let rows = usize::try_from(matrix.dim - 1).unwrap_or(0);
-    if info.dim != matrix.dim - 1
-        || info.sizes[..rows] != matrix.sizes[..rows]
+    if usize::try_from(info.dim) != Ok(leading)
+        || info.sizes[..leading] != matrix.sizes[..leading]
         || info.scalar_type != matrix.scalar_type
         || !info.is_beside(matrix)
     {
@@ -274,21 +288,27 @@ pub fn project_(
 ) -> Result<Tensor> {
     let borrowed: Vec<&Tensor> = gradients.iter().collect();
     let vectors: Vec<Option<&Tensor>> = biases.iter().map(Option::as_ref).collect();
-    let Checked { infos, kinds } = check("gradients", &borrowed, &vectors, factors)?;
+    let Checked {
+        infos,
+        kinds,
+        grouped,
+    } = check("gradients", &borrowed, &vectors, factors)?;
     let mut projected = Vec::with_capacity(gradients.len());
-    for (((gradient, bias), factors), &kind) in
-        borrowed.iter().zip(&vectors).zip(factors).zip(&kinds)
-    {
-        let mut value = joined(gradient, *bias, kind)?;
+    for (index, (gradient, factors)) in borrowed.iter().zip(factors).enumerate() {
+        let mut value = joined(gradient, vectors[index], grouped[index], kinds[index])?;
         for factor in factors {
-            value = act(&value, factor, kind)?;
+            value = act(&value, factor, kinds[index])?;
         }
         projected.push(value);
     }
-    let alone =
-        vectors.iter().all(Option::is_none) && factors.iter().all(|factors| !factors.is_empty());
+    let alone = vectors.iter().all(Option::is_none) && factors.iter().all(|list| !list.is_empty());
     if alone && infos.first().is_none_or(Info::is_cpu) {
-        let sources: Vec<&Tensor> = projected.iter().collect();
+        let shaped = borrowed
+            .iter()
+            .zip(&projected)
+            .map(|(gradient, projected)| Ok(projected.f_reshape_as(gradient)?))
+            .collect::<Result<Vec<_>>>()?;
+        let sources: Vec<&Tensor> = shaped.iter().collect();
         let (to, from) = (optional(&borrowed), optional(&sources));
         if aten::fits(&[&to, &from])?.into_iter().all(|fits| fits) {
             return replace(&borrowed, &sources, &infos);
@@ -296,25 +316,25 @@ pub fn project_(
     }
     let report = report_kind(infos.first());
     let mut rows = Vec::with_capacity(gradients.len());
-    for (((gradient, bias), projected), &kind) in
-        borrowed.iter().zip(&vectors).zip(&projected).zip(&kinds)
-    {
-        rows.push(compare(&joined(gradient, *bias, kind)?, projected, report)?);
+    for (index, (gradient, projected)) in borrowed.iter().zip(&projected).enumerate() {
+        let before = joined(gradient, vectors[index], grouped[index], kinds[index])?;
+        rows.push(compare(&before, projected, report)?);
     }
     drop((borrowed, vectors));
-    write(gradients, biases, projected)?;
+    write(gradients, biases, &projected)?;
     stacked(&rows, report)
 }
 
 /// Each matrix and bias ← what has been computed for both together.
-fn write(matrices: &mut [Tensor], biases: &mut [Option<Tensor>], news: Vec<Tensor>) -> Result<()> {
+fn write(matrices: &mut [Tensor], biases: &mut [Option<Tensor>], news: &[Tensor]) -> Result<()> {
     for ((matrix, bias), new) in matrices.iter_mut().zip(biases).zip(news) {
-        let d = aten::describe_one(matrix)?.last;
-        let (new, column) = parted(new, bias.is_some(), d)?;
-        matrix.f_copy_(&new)?;
-        if let (Some(bias), Some(column)) = (bias.as_mut(), column) {
-            bias.f_copy_(&column)?;
-        }
+        let columns = aten::describe_one(new)?.last;
+        let Some(bias) = bias else {
+            matrix.f_copy_(&new.f_reshape_as(matrix)?)?;
+            continue;
+        };
+        matrix.f_copy_(&new.f_narrow(-1, 0, columns - 1)?.f_reshape_as(matrix)?)?;
+        bias.f_copy_(&new.f_select(-1, columns - 1)?)?;
     }
     Ok(())
 }
@@ -391,7 +411,11 @@ pub fn project_update_(
 ) -> Result<Tensor> {
     let borrowed: Vec<&Tensor> = weights.iter().collect();
     let vectors: Vec<Option<&Tensor>> = biases.iter().map(Option::as_ref).collect();
-    let Checked { infos, kinds } = check("weights", &borrowed, &vectors, factors)?;
+    let Checked {
+        infos,
+        kinds,
+        grouped,
+    } = check("weights", &borrowed, &vectors, factors)?;
     let copies = check_beside("before", before, "weights", &borrowed, &infos)?;
     check_same_dtype("before", &copies, "weights", &infos)?;
     let matched = biases_before.len() == vectors.len()
@@ -408,15 +432,16 @@ pub fn project_update_(
     }
     for (index, (then, info)) in biases_before.iter().zip(&infos).enumerate() {
         if let Some(then) = then {
-            check_bias(&format!("biases_before[{index}]"), then, info)?;
+            let name = format!("biases_before[{index}]");
+            check_bias(&name, then, info, 1 + usize::from(grouped[index]))?;
         }
     }
     let report = report_kind(infos.first());
     let (mut news, mut rows) = (Vec::new(), Vec::new());
     for (index, (weight, start)) in borrowed.iter().zip(before).enumerate() {
         let kind = kinds[index];
-        let start = joined(start, biases_before[index], kind)?;
-        let update = joined(weight, vectors[index], kind)?.f_sub(&start)?;
+        let start = joined(start, biases_before[index], grouped[index], kind)?;
+        let update = joined(weight, vectors[index], grouped[index], kind)?.f_sub(&start)?;
         let mut projected = update.f_detach_copy()?;
         for factor in &factors[index] {
             projected = act(&projected, factor, kind)?;
@@ -425,6 +450,6 @@ pub fn project_update_(
         news.push(projected.f_add(&start)?);
     }
     drop((borrowed, vectors));
-    write(weights, biases, news)?;
+    write(weights, biases, &news)?;
     stacked(&rows, report)
 }

@@ -72,18 +72,18 @@ pub struct Polynomial {
 /// Chebyshev's coefficients of f on [centre − half, centre + half].
 #[allow(clippy::cast_precision_loss)] // small numbers
 fn chebyshev(f: &impl Fn(f64) -> f64, centre: f64, half: f64) -> Vec<f64> {
-    let angle = |j: usize| std::f64::consts::PI * (j as f64 + 0.5) / NODES as f64;
+    // cos(k π (j + ½)/N), with the angle reduced exactly: the coefficients that vanish would be its rounding else
+    let cosine = |j: usize, k: usize| {
+        let turns = (k * (2 * j + 1)) % (4 * NODES);
+        (std::f64::consts::PI * turns as f64 / (2 * NODES) as f64).cos()
+    };
     let samples: Vec<f64> = (0..NODES)
-        .map(|j| f(centre + half * angle(j).cos()))
+        .map(|j| f(centre + half * cosine(j, 1)))
         .collect();
     (0..NODES / 2)
         .map(|k| {
-            let sum: f64 = samples
-                .iter()
-                .enumerate()
-                .map(|(j, y)| y * (k as f64 * angle(j)).cos())
-                .sum();
-            sum * if k == 0 { 1.0 } else { 2.0 } / NODES as f64
+            let products = samples.iter().enumerate().map(|(j, y)| y * cosine(j, k));
+            products.sum::<f64>() * if k == 0 { 1.0 } else { 2.0 } / NODES as f64
         })
         .collect()
 }

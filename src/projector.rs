@@ -137,7 +137,7 @@ const FLOOR: f64 = 16.0 * f64::EPSILON;
 /// The rounding of T itself, when it is put together, and of eigenvectors that are orthogonal up to √d·ε in float64.
 fn rounding(d: i64, wanted: Kind) -> f64 {
     let growth = real(d).sqrt() * if wanted == Kind::Double { 1.0 } else { 0.0625 };
-    epsilon(wanted) * (1.0 + growth)
+    epsilon(wanted) * (2.0 + growth)
 }
 
 /// Steps that Lanczos's method may take for the dominant direction.

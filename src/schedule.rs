@@ -9,6 +9,8 @@ pub enum Sources {
     Previous,
     /// All others, in the order of training, the previous one last.
     Others,
+    /// Those before it in the order of training; the first has none.
+    Earlier,
     /// For each modality the names of its sources; none: not projected.
     Map(Vec<(String, Vec<String>)>),
 }
@@ -63,6 +65,7 @@ pub fn source_lists(names: &[String], sources: &Sources) -> Result<Vec<Vec<usize
                 .map(|j| (1..m).map(|step| (j + step) % m).collect())
                 .collect())
         }
+        Sources::Earlier => return Ok((0..m).map(|j| (0..j).collect()).collect()),
         Sources::Map(map) => map,
     };
     let index_of = |argument: &str, name: &String| {

@@ -1,4 +1,4 @@
-"""The fused SAM + SGD step inside the optimizer: when it is taken, and that it changes nothing but the time."""
+"""The fused SAM + base step inside the optimizer: when it is taken, and that it changes nothing but the time."""
 
 import copy
 
@@ -7,16 +7,20 @@ import torch
 from models import OwnHeads, batches, closure_for, distance
 
 from igm_rs import IGMOptimizer
-from igm_rs._fused import FusedSGD
+from igm_rs._fused import FusedAdam, FusedSGD
 
 TWO = ("audio", "video")
 SETTINGS = [
-    {},
-    {"momentum": 0.9},
-    {"momentum": 0.9, "weight_decay": 1e-2},
-    {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2},
-    {"momentum": 0.9, "dampening": 0.1},
-    {"weight_decay": 1e-2},
+    (torch.optim.SGD, {}),
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-2}),
+    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
+    (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1}),
+    (torch.optim.SGD, {"weight_decay": 1e-2}),
+    (torch.optim.Adam, {}),
+    (torch.optim.Adam, {"weight_decay": 1e-2, "amsgrad": True}),
+    (torch.optim.AdamW, {"weight_decay": 1e-2}),
+    (torch.optim.AdamW, {"amsgrad": True, "maximize": True}),
 ]
 
 
@@ -29,26 +33,26 @@ def run(model, opt, data):
 
 def counted(monkeypatch):
     calls = []
-    usual = FusedSGD.prepare
+    for kind in (FusedSGD, FusedAdam):
 
-    def fused(*args, **kwargs):
-        calls.append(1)
-        return usual(*args, **kwargs)
+        def fused(*args, usual=kind.prepare, **kwargs):
+            calls.append(1)
+            return usual(*args, **kwargs)
 
-    monkeypatch.setattr(FusedSGD, "prepare", fused)
+        monkeypatch.setattr(kind, "prepare", fused)
     return calls
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(("base", "settings"), SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fused_equals_restore_and_torch_sgd_to_the_bit(monkeypatch, settings, dtype):
+def test_fused_equals_restore_and_torchs_own_step_to_the_bit(monkeypatch, base, settings, dtype):
     calls = counted(monkeypatch)
     model = OwnHeads().to(dtype)
     twin = copy.deepcopy(model)
     opts = []
     for m, fused in ((model, True), (twin, False)):
         groups = [{"params": m.encoders.parameters(), "lr": 0.05}, {"params": m.heads.parameters()}]
-        opt = IGMOptimizer(torch.optim.SGD(groups, lr=0.1, **settings), **m.options(), tau=1.5)
+        opt = IGMOptimizer(base(groups, lr=0.1, **settings), **m.options(), tau=1.5)
         if not fused:
             opt._core.fused = None
         opts.append(opt)
@@ -75,10 +79,11 @@ def test_fused_equals_restore_and_torch_sgd_to_the_bit(monkeypatch, settings, dt
     ],
     ids=str,
 )
-def test_when_the_fused_step_is_taken(monkeypatch, options, dtype, expected):
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_when_the_fused_step_is_taken(monkeypatch, base, options, dtype, expected):
     calls = counted(monkeypatch)
     model = OwnHeads().to(dtype)
-    opt = IGMOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **model.options(), **options)
+    opt = IGMOptimizer(base(model.parameters(), lr=0.1), **model.options(), **options)
     with opt.turn("audio"):
         opt.step(closure_for(opt, model, "audio", batches(TWO, 1, dtype)["audio"][0]))
     assert bool(calls) == expected

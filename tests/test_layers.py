@@ -368,6 +368,28 @@ def test_transformer_layers_are_heard_in_evaluation_too():
     assert [shape for _, shape in seen] == [(5, 8)] * 5 + [(5, 16)]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_of_inference_are_padded_with_zeros():
+    """A padding mask makes torch's encoder nest its input where nothing is trained."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).double().eval()
+    layers = layers_of(model)
+    tap = FeatureTap(layers, "samples")
+    seen = {}
+    tap.sink = seen.__setitem__
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    missing = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        model(x, src_key_padding_mask=missing)
+        nested = dict(seen)
+        with torch.enable_grad():
+            model(x, src_key_padding_mask=missing)
+    there = ~missing.flatten()
+    assert len(nested) == 6
+    for name, rows in nested.items():
+        torch.testing.assert_close(rows[there], seen[name][there], msg=name)
+    assert nested["a.layers.0.linear1"][~there].count_nonzero() == 0
+
+
 # -- parametrised weights ---------------------------------------------------------------------------------------------
 
 PARAMETRISED = {

@@ -1,8 +1,11 @@
 """Whole runs of IGMOptimizer against the oracle: every option of Algorithm 1, weights compared after every step."""
 
+import math
+
 import pytest
+import reference as paper
 import torch
-from models import OwnHeads, Pair, SharedHead, distance
+from models import LAYERS, OfLayers, OwnHeads, Pair, SharedHead, distance
 
 BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -70,6 +73,38 @@ OPTIONS = [
     {"projector": "orthogonal", "covariance": "kept", "alpha": 0.5, "normalise": True},
     {"projector": "orthogonal", "sources": "others", "covariance": "kept", "refresh": 2},
     {"projector": "orthogonal"},
+    {"projector": "ridge"},
+    {"projector": "ridge", "alpha": 3.0, "features": "samples", "covariance": "kept"},
+    {"projector": "ridge", "alpha": 3.0, "sources": "earlier", "tau": {"audio": 0.0, "video": 1.0, "text": 0.4}},
+    {"projector": "null_space", "features": "samples"},
+    {"projector": "null_space", "alpha": 2.0, "project": "update"},
+    {"projector": "identity"},
+    {"control": "scalar"},
+    {"control": "scalar", "projector": "ridge", "alpha": 3.0},
+    {"control": "scalar", "projector": "null_space", "features": "samples"},
+    {"sources": "earlier"},
+    {"sources": "earlier", "combine": "sum"},
+    {"sources": "others", "combine": "sum", "features": "samples"},
+    {"sources": "others", "combine": "sum", "features": "centred", "covariance": "kept", "refresh": 2},
+    {"sources": "others", "combine": "sum", "projector": "ridge", "alpha": 3.0},
+    {"sources": "others", "combine": "sum", "control": "scalar"},
+    {"sources": "previous", "combine": "sum"},
+    {"augment_bias": True},
+    {"augment_bias": True, "project": "update", "features": "samples"},
+    {"augment_bias": True, "features": "centred", "covariance": 0.5},
+    {"augment_bias": True, "projector": "orthogonal", "covariance": "kept", "batches": 4},
+    {"augment_bias": True, "projector": "ridge", "sources": "others", "max_grad_norm": 0.1},
+    {"pairing": "shape"},
+    {"pairing": "shape", "sources": "others"},
+    {"p": math.inf, "rho": 0.01},
+    {"adaptive": True},
+    {"p": math.inf, "adaptive": True, "rho": {"audio": 0.02, "video": 0.0, "text": 0.01}},
+    {"sam_every": 2},
+    {"sam_every": 3, "adaptive": True},
+    {"skip_inert": True},
+    {"skip_inert": True, "rho": 1e-30},
+    {"route": "polynomial"},
+    {"route": "gram"},
 ]
 
 
@@ -109,6 +144,128 @@ def test_losses_and_projected_norms_are_those_of_the_reference():
     assert stats["loss"] == pytest.approx(first, abs=1e-12)
     assert stats["loss_perturbed"] == pytest.approx(second, abs=1e-12)
     assert stats["sharpness"] == pytest.approx(second - first, abs=1e-12)
+
+
+OF_LAYERS = [
+    {},
+    {"augment_bias": True},
+    {"augment_bias": True, "features": "samples", "project": "update"},
+    {"features": "centred", "covariance": "kept", "refresh": 2},
+    {"projector": "ridge", "alpha": 3.0, "sources": "others", "combine": "sum", "augment_bias": True},
+    {"projector": "orthogonal", "covariance": "kept", "rho": 0.0},
+    {"control": "scalar", "features": "samples"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("options", OF_LAYERS, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_of_every_kind_equal_reference(kind, options):
+    if kind == "Conv1D":
+        pytest.importorskip("transformers")
+    if options.get("projector") == "orthogonal" and kind in ("conv1d", "conv2d", "conv3d"):
+        pytest.skip("the recursion of grouped convolutions is refused")
+    agree(Pair(OfLayers(kind, THREE), BASES["sgd+momentum+wd"], THREE, **{"tau": 1.5, **options}))
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "self-attention", "weight norm"])
+def test_layers_of_every_kind_equal_reference_float32(kind):
+    agree(Pair(OfLayers(kind), BASES["sgd+momentum+wd"], dtype=torch.float32, tau=1.5, augment_bias=True))
+
+
+def whole_heads(model):
+    """The heads as they stand in the model, so that a layer's name below its root is its number in the Sequential."""
+    return {"modalities": {n: [model.encoders[n]] for n in THREE}, "heads": dict(model.heads)}
+
+
+def named(twin):
+    return {"names": {layer: name for head in twin.heads.values() for name, layer in head.named_children()}}
+
+
+def test_pairing_by_name_equals_reference():
+    agree(
+        Pair(
+            OwnHeads(THREE),
+            BASES["sgd"],
+            THREE,
+            pairing="name",
+            tau=1.5,
+            of_the_optimizer=whole_heads,
+            of_the_oracle=named,
+        )
+    )
+
+
+@pytest.mark.parametrize("by_modality", [False, True])
+def test_pairing_by_a_map_equals_reference(by_modality):
+    # Of the video's head the last layer alone is projected, of the audio's and the text's the first.
+    wanted = {"video.1": "audio.1", "video.0": None, "audio.0": "text.0", "text.0": "video.0"}
+
+    def names(_):
+        if not by_modality:
+            return {"pairing": wanted}
+        return {"pairing": {n: {k: v for k, v in wanted.items() if k.startswith(n)} for n in THREE}}
+
+    def layers(twin):
+        found = {f"{n}.{i}": twin.heads[n][2 * i] for n in THREE for i in range(2)}
+        return {"pairing": {found[k]: found.get(v) for k, v in wanted.items()}}
+
+    pair = Pair(OwnHeads(THREE), BASES["sgd"], THREE, tau=3.0, of_the_optimizer=names, of_the_oracle=layers)
+    agree(pair)
+    assert pair.opt.pairs["video"]["audio"] == [("video.1", "audio.1")]
+
+
+@pytest.mark.parametrize("base", ["sgd+momentum+wd", "adam"])
+@pytest.mark.parametrize("options", [{}, {"p": math.inf, "rho": 0.01}, {"adaptive": True, "sam_every": 2}], ids=str)
+@pytest.mark.parametrize("kind", [OwnHeads, SharedHead])
+def test_sam_of_the_head_alone_equals_reference(kind, options, base):
+    def heads(model):
+        return whole_heads(model) if kind is OwnHeads else {}
+
+    def oracles(twin):
+        return {"modalities": {n: [twin.encoders[n]] for n in THREE}}
+
+    pair = Pair(
+        kind(THREE),
+        BASES[base],
+        THREE,
+        tau=1.5,
+        sam_scope="head",
+        of_the_optimizer=heads,
+        of_the_oracle=oracles,
+        **options,
+    )
+    agree(pair)
+    assert pair.oracle.losses[0][1] != pair.oracle.losses[0][0]
+
+
+@pytest.mark.parametrize("scope", [0.0, 0.2, 0.6, 1.0])
+@pytest.mark.parametrize("kind", ["conv1d", "self-attention"])
+def test_scope_equals_reference(kind, scope):
+    # Layers from the output backwards until they hold this share of the parameters, bias and all.
+    def no_heads(_):
+        return {"heads": None, "scope": scope}
+
+    def taken(twin):
+        heads = {}
+        for name, net in twin.nets.items():
+            wanted, found = scope * sum(p.numel() for p in net.parameters()), []
+            layers = [layer for module in net.children() for layer in parts(module)]
+            while wanted > 0:
+                found.insert(0, layers.pop())
+                wanted -= size(found[0])
+            heads[name] = found
+        return {"heads": heads}
+
+    def parts(module):
+        return paper.layers_of(module)
+
+    def size(layer):
+        bias = paper.bias_of(layer)
+        rows = 0 if bias is None else len(bias[paper._thirds(layer, bias)])
+        return paper.matrix_of(layer, paper.weight_of(layer)).numel() + rows
+
+    agree(Pair(OfLayers(kind, THREE), BASES["sgd"], THREE, tau=1.5, of_the_optimizer=no_heads, of_the_oracle=taken))
 
 
 @pytest.mark.cuda

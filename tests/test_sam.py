@@ -355,6 +355,188 @@ def test_two_threads_give_the_same_bits():
     assert torch.equal(one, two)
 
 
+# -- p = ∞, adaptive, half precision -----------------------------------------------------------------------------------
+
+RULES = {
+    "p=2": {},
+    "adaptive": {"adaptive": True},
+    "p=inf": {"p": INF},
+    "p=inf adaptive": {"p": INF, "adaptive": True},
+}
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+
+
+def the_norm(gradients, params, rule):
+    return rust.gradient_norm(gradients, params if rule.get("adaptive") else None)
+
+
+def epsilon_of(rule, rho, norm, theta, g):
+    """Return ε* as the papers define it, in float64."""
+    t = theta.abs() + 0.01 if rule.get("adaptive") else torch.ones_like(theta)
+    return rho * t * g.sign() if "p" in rule else rho * t**2 * g / norm
+
+
+def test_rules_by_hand(device):
+    # θ = (1, −2), g = (3, −4), T = (1.01, 2.01), ‖T g‖ = √(3.03² + 8.04²), ρ = 0.5.
+    def moved(**rule):
+        params = [torch.tensor([1.0, -2.0], dtype=F64, device=device)]
+        gradients = [torch.tensor([3.0, -4.0], dtype=F64, device=device)]
+        norm = the_norm(gradients, params, rule)
+        stats = rust.perturb_(params, gradients, [torch.empty_like(params[0])], norm, [0.5], **rule)
+        return stats.tolist(), (params[0].cpu() - torch.tensor([1.0, -2.0], dtype=F64)).tolist(), norm.item()
+
+    length = math.hypot(3.03, 8.04)
+    assert moved(p=2)[1] == pytest.approx([0.3, -0.4])
+    assert moved(adaptive=True)[2] == pytest.approx(length)
+    expected = [0.5 * 1.01**2 * 3 / length, -0.5 * 2.01**2 * 4 / length]
+    assert moved(adaptive=True)[1] == pytest.approx(expected)
+    assert moved(p=INF)[1] == pytest.approx([0.5, -0.5])
+    assert moved(p=INF, adaptive=True)[1] == pytest.approx([0.505, -1.005])
+    assert moved(p=INF)[0] == pytest.approx([0.5**0.5, 2, 2])
+
+
+@each_layout
+@each_rule
+def test_every_rule_is_that_of_its_paper(device, layout, rule):
+    params, gradients, before = problem(layout, device)
+    gradients[0][0, :2] = 0
+    old = copies(params)
+    norm = the_norm(gradients, params, rule)
+    if rule.get("adaptive"):
+        scaled = [(p.double().abs() + 0.01) * g.double() for p, g in zip(params, gradients, strict=True)]
+        assert norm.item() == pytest.approx(exact_norm(scaled), rel=1e-12 if norm.dtype == F64 else 1e-6)
+    rust.perturb_(params, gradients, before, norm, [RHO] * len(params), **rule)
+    assert same_bits(before, old)
+    for p, theta, g in zip(params, old, gradients, strict=True):
+        expected = theta.double() + epsilon_of(rule, RHO, norm.double(), theta.double(), g.double())
+        rounding = {F64: 1e-15, F32: 1.2e-7, F16: 2e-3, BF16: 1.6e-2}[p.dtype]
+        torch.testing.assert_close(p.double(), expected, rtol=rounding, atol=1e-6 if p.dtype != F64 else 1e-15)
+    rust.restore_(params, before)
+    assert same_bits(params, old)
+
+
+def apart(tensor):
+    """Return the same numbers with gaps between them, out of the fused loops' reach."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@each_rule
+def test_fused_loops_and_multi_tensor_operations_give_the_same_bits(rule, dtype):
+    shapes = [(1000,), (7, 5), (), (0,), (33,), (1,), (8, 16)]
+    params = [torch.randn(shape).to(dtype) for shape in shapes]
+    gradients = [(10 ** torch.randn(shape) * torch.randn(shape)).to(dtype) for shape in shapes]
+    numbers = torch.tensor([0.0, -0.0, 1e-7, -1e-7, 6e-8, 6e4, -6e4, 6.1e-5, -3e-5, 1.0, 0.3]).to(dtype)
+    params[0][:11], gradients[0][:121] = numbers, numbers.repeat(11)
+    params[0][:121] = numbers.repeat_interleave(11)
+    twins, slopes = [apart(p) for p in params], [apart(g) for g in gradients]
+    assert not twins[0].is_contiguous()
+    norm = the_norm(gradients, params, rule)
+    assert the_norm(slopes, twins, rule).item() == pytest.approx(norm.item(), rel=1e-12)
+    rooms = [copies(params), [apart(p) for p in params]]
+    rhos = [RHO if i % 2 else 0.3 for i in range(len(params))]
+    one = rust.perturb_(params, gradients, rooms[0], norm, rhos, **rule)
+    two = rust.perturb_(twins, slopes, rooms[1], norm, rhos, **rule)
+    assert same_bits(params, twins)
+    assert same_bits(*rooms)
+    assert one.tolist() == pytest.approx(two.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_every_half_number_is_read_and_rounded_as_torch_does(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    gradients = [every.flip(0).clone()]
+    params, before = [every.clone()], [torch.empty_like(every)]
+    rust.perturb_(params, gradients, before, torch.tensor(1.0, dtype=F64), [0.37])
+    expected = (every.float() + gradients[0].float() * 0.37).to(dtype)
+    assert same_bits(params, [expected])
+    assert same_bits(before, [every])
+
+
+def test_half_precision_perturbation_does_not_depend_on_the_threads():
+    params, gradients = [torch.randn(200_003).bfloat16()], [torch.randn(200_003).bfloat16()]
+    twins, before = copies(params), copies(params)
+    norm = rust.gradient_norm(gradients)
+    one = rust.perturb_(params, gradients, before, norm, [3.0])
+    torch.set_num_threads(2)
+    assert rust.gradient_norm(gradients).item() == norm.item()
+    assert torch.equal(rust.perturb_(twins, gradients, before, norm, [3.0]), one)
+    assert same_bits(params, twins)
+
+
+@each_rule
+@pytest.mark.parametrize("bad", [0.0, NAN, INF])
+def test_no_rule_moves_anything_with_an_unusable_norm(device, rule, bad):
+    params, gradients, before = problem("float32", device)
+    old = copies(params)
+    norm = torch.tensor(bad, dtype=F64, device=device)
+    if device.type == "cpu":
+        with pytest.raises(ArithmeticError, match="norm"):
+            rust.perturb_(params, gradients, before, norm, [RHO] * len(params), **rule)
+    else:
+        rust.perturb_(params, gradients, before, norm, [RHO] * len(params), **rule)
+    assert all(torch.equal(p, o) for p, o in zip(params, old, strict=True))
+
+
+@each_rule
+def test_at_perturbed_takes_the_same_rules(device, rule):
+    params, gradients, before = problem("everything", device)
+    old, twins = copies(params), [room(p).copy_(p) for p in params]
+    norm = the_norm(gradients, params, rule)
+    expected = rust.perturb_(twins, gradients, like(params), norm, [RHO] * len(params), **rule)
+    seen = []
+    stats = rust.at_perturbed(
+        params, gradients, before, norm, [RHO] * len(params), lambda told: seen.append((told, copies(params))), **rule
+    )
+    ((told, there),) = seen
+    assert told is stats
+    assert same_bits(there, twins)
+    torch.testing.assert_close(stats, expected)
+    assert same_bits(params, old)
+
+
+def test_the_body_is_told_none_where_nothing_is_measured(device):
+    params, gradients, before = problem("float32", device)
+    seen, norm = [], rust.gradient_norm(gradients)
+    assert rust.at_perturbed(params, gradients, before, norm, [RHO] * len(params), seen.append, False) is None
+    assert seen == [None]
+
+
+@pytest.mark.cuda
+@each_rule
+def test_nothing_waits_for_a_device(rule):
+    params, gradients, before = problem("everything", torch.device("cuda"))
+    usable = torch.tensor(True, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        norm = the_norm(gradients, params, rule)
+        rust.at_perturbed(params, gradients, before, norm, [RHO] * len(params), lambda _: None, **rule)
+        rust.select_(params, before, usable)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# -- select_ ----------------------------------------------------------------------------------------------------------
+
+
+@each_layout
+@pytest.mark.parametrize("usable", [True, False])
+def test_select_takes_back_what_is_not_usable(device, layout, usable):
+    now, kept, _ = problem(layout, device)
+    now += [torch.tensor(3, device=device), torch.tensor([True, False], device=device)]
+    kept += [torch.tensor(2, device=device), torch.tensor([False, False], device=device)]
+    now[5][0, 0] = NAN
+    expected, where, of_kept = copies(now if usable else kept), places(now), copies(kept)
+    for there in {device, torch.device("cpu")}:
+        assert rust.select_(tensors=now, kept=kept, usable=torch.tensor(usable, device=there)) is None
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(now, expected, strict=True))
+    assert places(now) == where
+    assert all(torch.equal(a, b) for a, b in zip(kept, of_kept, strict=True))
+    rust.select_([], [], torch.tensor(usable))
+
+
 # -- restore_ ---------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +599,37 @@ def test_body_that_returns_a_step_of_sgd_has_it_taken_from_the_weights_before():
     torch.optim.SGD(twins, lr=0.1, weight_decay=0.01, foreach=False).step()
     assert same_bits(params, twins)
     assert done == [True]
+
+
+def test_body_that_returns_a_step_of_adam_has_it_taken_from_the_weights_before():
+    params, gradients, before = problem("float32", torch.device("cpu"))
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    second = [torch.randn_like(p) for p in params]
+    average, square = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    steps, done = [torch.zeros(()) for _ in params], []
+    span = (len(params), 0.1, 0.9, 0.999, 1e-8, 0.01, False, False, True)
+    rust.at_perturbed(
+        params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params),
+        lambda _: ("adam", second, average, square, [], steps, [span], done),
+    )  # fmt: skip
+    for twin, gradient in zip(twins, second, strict=True):
+        twin.grad = gradient
+    torch.optim.AdamW(twins, lr=0.1, weight_decay=0.01, foreach=False).step()
+    assert same_bits(params, twins)
+    assert [step.item() for step in steps] == [1] * len(params)
+    assert done == [True]
+
+
+@pytest.mark.parametrize("answer", [("rmsprop", [], []), (), (3,), ("sgd",), ("adam", [])], ids=str)
+def test_a_tuple_that_is_no_step_is_an_error_and_restores(answer):
+    params, gradients, before = problem("float32", torch.device("cpu"))
+    old = copies(params)
+    with pytest.raises(ValueError, match=r"sgd|tuple") as caught:
+        rust.at_perturbed(
+            params, gradients, before, rust.gradient_norm(gradients), [RHO] * len(params), lambda _: answer
+        )
+    assert "\n" not in str(caught.value)
+    assert same_bits(params, old)
 
 
 def test_a_step_of_sgd_that_cannot_be_taken_restores_to_the_bit():
@@ -553,6 +766,26 @@ ERRORS = [
     (lambda: rust.perturb_([P, P], [G, G], [B, B.clone()], N, [RHO] * 2), ValueError, ["params", "share memory"]),
     (lambda: rust.perturb_([P], [G], [P], N, [RHO]), ValueError, ["params", "share memory"]),
     (lambda: rust.perturb_([P], [G], [B], 1e-320 * N, [RHO]), ArithmeticError, ["rhos[0] / norm"]),
+    (lambda: rust.gradient_norm([G], []), ValueError, ["weights", "0", "1", "gradients"]),
+    (lambda: rust.gradient_norm([G], [P[:1]]), ValueError, ["weights[0]", "(1, 3)", "(2, 3)"]),
+    (lambda: rust.gradient_norm([G], [P.long()]), ValueError, ["weights[0]", "int64"]),
+    (lambda: rust.gradient_norm([G], [1]), TypeError, ["weights", "int"]),
+    (lambda: rust.perturb_([P], [G], [B], N, [RHO], p=1), ValueError, ["p", "1", "2 or inf"]),
+    (lambda: rust.perturb_([P], [G], [B], N, [RHO], p=NAN), ValueError, ["p", "NaN", "2 or inf"]),
+    (lambda: rust.perturb_([P], [G], [B], N, [RHO], p="2"), TypeError, ["p", "str"]),
+    (lambda: rust.perturb_([P], [G], [B], N, [RHO], adaptive=2), TypeError, ["adaptive", "int"]),
+    (lambda: rust.perturb_([P], [G], [B], N, [1e39], p=INF), ArithmeticError, ["rhos[0]", "range of float32"]),
+    (lambda: rust.at_perturbed([P], [G], [B], N, [RHO], body, p=3), ValueError, ["p", "3", "2 or inf"]),
+    (lambda: rust.at_perturbed([P], [G], [B], N, [RHO], body, adaptive=0.5), TypeError, ["adaptive", "float"]),
+    (lambda: rust.select_([P], [], N > 0), ValueError, ["kept", "0", "1"]),
+    (lambda: rust.select_([P], [B[:1]], N > 0), ValueError, ["kept[0]", "(1, 3)", "(2, 3)"]),
+    (lambda: rust.select_([P], [B.double()], N > 0), ValueError, ["kept[0]", "float64", "float32"]),
+    (lambda: rust.select_([P], [B.to_sparse()], N > 0), ValueError, ["kept[0]", "sparse"]),
+    (lambda: rust.select_([P.to_sparse()], [B], N > 0), ValueError, ["tensors[0]", "sparse"]),
+    (lambda: rust.select_([P[:1].expand(2, 3)], [B], N > 0), ValueError, ["tensors[0]", "expanded"]),
+    (lambda: rust.select_([P], [B], N), ValueError, ["usable", "float64", "0-dim tensor of bool"]),
+    (lambda: rust.select_([P], [B], P > 0), ValueError, ["usable", "(2, 3)", "0-dim tensor of bool"]),
+    (lambda: rust.select_([P], [B], True), TypeError, ["usable", "bool"]),
     (lambda: rust.restore_([P], []), ValueError, ["before", "0", "1"]),
     (lambda: rust.restore_([P], [B[:1]]), ValueError, ["before[0]", "(1, 3)", "(2, 3)"]),
     (lambda: rust.restore_([P], [B.double()]), ValueError, ["before[0]", "float64", "float32"]),

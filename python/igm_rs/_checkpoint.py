@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _checks
+from . import _checks, _projection_state
 from ._core import Core
 from ._turns import Counters
 
@@ -39,7 +39,7 @@ def state(core: Core) -> dict[str, Any]:
         "initial_lr": list(core.initial_lr),
         "provisional": core.provisional,
         "counters": core.counters.state(),
-        "projection": core.projection.state(),
+        "projection": _projection_state.state(core.projection),
     }
 
 
@@ -98,7 +98,7 @@ def check(core: Core, state_dict: Any) -> None:
         raise ValueError(
             f"state_dict[{STATE_KEY!r}]['initial_lr'] is {lrs!r}, expected {groups} numbers, one for each group"
         )
-    core.projection.check(_mapping(mine, "projection"))
+    _projection_state.check(core.projection, _mapping(mine, "projection"))
 
 
 def load(core: Core, mine: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ def load(core: Core, mine: Mapping[str, Any]) -> None:
     core.provisional = mine.get("provisional", False)
     core.initial_lr = list(mine["initial_lr"])
     core.counters.put_back(Counters.of(names, mine["counters"]))
-    core.projection.load(mine["projection"])
+    _projection_state.load(core.projection, mine["projection"])
 
 
 def _mapping(mine: Mapping[str, Any], key: str) -> Mapping[str, Any]:

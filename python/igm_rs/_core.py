@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import _checks, _igm_rs
 from ._amp import Scaling
@@ -54,6 +55,10 @@ class PerModality(MutableMapping[str, float]):
     def __repr__(self) -> str:
         return repr(self._values)
 
+    def add(self, name: str, value: float) -> None:
+        """Take in one modality more."""
+        self._values[name] = value
+
     def assign(self, value: Any) -> None:
         """Take one number for all modalities, or a mapping with one for each."""
         self._values = _checks.per_modality(self._argument, value, tuple(self._values))
@@ -80,11 +85,23 @@ class Replay:
 
 
 @dataclass
+class Structure:
+    """How the optimizer was told what to project, for modalities that come later."""
+
+    heads: Mapping[str, Any] | nn.ModuleDict | None
+    head: Any | None
+    scope: float | None
+    model: nn.Module | None
+    sources: str | Mapping[str, Any]
+
+
+@dataclass
 class Core:
     """All parts of an :class:`igm_rs.IGMOptimizer`; the names of the settings are those of its arguments."""
 
     base: torch.optim.Optimizer
     modalities: Modalities
+    structure: Structure
     projection: Projection
     tap: FeatureTap
     statistics: Statistics
@@ -200,6 +217,11 @@ class Core:
     def projects(self, active: str) -> bool:
         """Whether the settings ask for `active`'s gradient to be modified at all."""
         projection = self.projection
+        if projection.options.projector == "identity":
+            return False
+        if projection.options.combine == "sum":
+            layers = {mine for listed in projection.pairs[active] for mine, _ in listed}
+            return any(self.tau_of(layer, active) > 0 for layer in layers)
         return any(
             self.tau_of(theirs, source) > 0
             for source, pairs in zip(projection.sources[active], projection.pairs[active], strict=False)

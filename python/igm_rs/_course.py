@@ -131,11 +131,10 @@ class Course:
         counters = core.counters
         stepped = counters.since[modality] > 0 and not counters.replaced
         unseen = core.projection.unseen(modality) if stepped else []
-        tau = {layer.name: core.tau_of(layer, modality) for layer in core.projection.layers[modality]}
         needed = any(modality in listed for listed in core.projection.sources.values())
-        core.projection.refresh(modality, tau)
+        core.projection.refresh(modality, core.tau_of)
         steps, counters.since[modality] = counters.since[modality], 0
-        if needed and any(tau[layer.name] > 0 for layer in unseen):
+        if needed and any(core.tau_of(layer, modality) > 0 for layer in unseen):
             return (
                 f"{modality!r} took {steps} steps and its projected layer {unseen[0]} saw no features, so its "
                 "projector cannot be made: expected the layer's own forward to be called, in training mode, in each "

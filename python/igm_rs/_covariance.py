@@ -21,6 +21,8 @@ _MOST = 512
 class Covariance:
     """Sum of outer products of d-dimensional rows, uncentred, with what centring needs beside it.
 
+    Of a layer of G groups a row holds the d numbers of each group side by side, and Ȳ is (G, d, d).
+
     Rows are buffered, so that one product serves many batches (Eq. 2). Until d of them have come only the rows are
     held. On the CPU everything is float64; on CUDA at least float32, and rows left out are zeros there, so that
     nobody waits for the device.
@@ -29,8 +31,9 @@ class Covariance:
     kept aside, are a way back.
     """
 
-    def __init__(self, d: int, *, only_rows: bool = False) -> None:
+    def __init__(self, d: int, *, groups: int = 1, only_rows: bool = False) -> None:
         self.d = d
+        self.groups = groups
         self.only_rows = only_rows
         self.matrix: torch.Tensor | None = None
         self.buffer: torch.Tensor | None = None
@@ -44,11 +47,11 @@ class Covariance:
 
     @property
     def rows(self) -> torch.Tensor | None:
-        """The buffered rows, (used, d), a view; None where there are none."""
+        """The buffered rows, (used, G·d), a view; None where there are none."""
         return None if self.buffer is None or not self.used else self.buffer[: self.used]
 
     def add(self, rows: torch.Tensor) -> None:
-        """Append `rows` (n, d); rows with a NaN or an infinity are left out and counted."""
+        """Append `rows` (n, G·d); rows with a NaN or an infinity are left out and counted."""
         n = rows.shape[0]
         if not n:
             return
@@ -64,7 +67,7 @@ class Covariance:
         self.left_out = self.left_out + (int(left_out) if on_cpu else left_out)
         added = self.buffer[before : self.used]
         if self.total is None:
-            total = torch.zeros(self.d, dtype=self.buffer.dtype, device=self.buffer.device)
+            total = torch.zeros(self.groups * self.d, dtype=self.buffer.dtype, device=self.buffer.device)
         else:
             total = self.total.clone()
         _igm_rs.add_rows_(total, added)
@@ -79,7 +82,8 @@ class Covariance:
         if rows is None:
             return
         if self.matrix is None:
-            matrix = torch.zeros(self.d, self.d, dtype=rows.dtype, device=rows.device)
+            shape = (self.d, self.d) if self.groups == 1 else (self.groups, self.d, self.d)
+            matrix = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
         else:
             matrix = self.matrix.clone()
         _igm_rs.accumulate_(matrix, rows)
@@ -114,18 +118,20 @@ class Covariance:
         self.count = self.count * factor
 
     def value(self, *, centred: bool = False) -> torch.Tensor | None:
-        """Ȳ as a new (d, d) matrix, Σ z zᵀ, or Σ (z − μ)(z − μ)ᵀ when `centred`; None before the first row."""
+        """Ȳ as a new matrix, (d, d) or (G, d, d), Σ z zᵀ, or Σ (z − μ)(z − μ)ᵀ when `centred`; None before the first row."""
         if not self:
             return None
-        result = Covariance(self.d)
+        result = Covariance(self.d, groups=self.groups)
         result.matrix, result.buffer, result.used = self.matrix, self.buffer, self.used
         result.flush()
         if result.matrix is not None and result.matrix is self.matrix:
             result.matrix = self.matrix.clone()
         if centred and result.matrix is not None and self.total is not None and float(self.count) > 0:
-            rounding = self.d * torch.finfo(result.matrix.dtype).eps * result.matrix.trace()
+            trace = result.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
             _igm_rs.centre_(result.matrix, self.total, float(self.count))
-            result.matrix.masked_fill_(result.matrix.trace() <= rounding, 0.0)  # rows that are all the same
+            left = result.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+            same = left <= self.d * torch.finfo(result.matrix.dtype).eps * trace  # rows that are all the same
+            result.matrix.masked_fill_(same[..., None, None], 0.0)
         return result.matrix
 
     def state(self) -> dict[str, Any]:
@@ -160,7 +166,7 @@ class Covariance:
         capacity = _FEWEST
         while capacity < wanted:
             capacity *= 2
-        buffer = torch.empty(capacity, self.d, dtype=like.dtype, device=like.device)
+        buffer = torch.empty(capacity, self.groups * self.d, dtype=like.dtype, device=like.device)
         rows = self.rows
         if rows is not None:
             buffer[: self.used].copy_(rows)
@@ -170,38 +176,43 @@ class Covariance:
 class Turns:
     """Ȳ of one layer for one modality: what earlier turns left, and what the present turn has brought."""
 
-    def __init__(self, d: int, *, only_rows: bool = False) -> None:
+    def __init__(self, d: int, *, groups: int = 1, only_rows: bool = False) -> None:
         self.d = d
+        self.groups = groups
         self.only_rows = only_rows
-        self.past = Covariance(d, only_rows=only_rows)
-        self.present = Covariance(d, only_rows=only_rows)
+        self.past = self.empty()
+        self.present = self.empty()
+
+    def empty(self) -> Covariance:
+        """Return a Ȳ of nothing."""
+        return Covariance(self.d, groups=self.groups, only_rows=self.only_rows)
 
     def begin(self, life: float) -> None:
         """Start a turn: Ȳ of the turns before lives on times `life` (0 fresh, 1 kept, between: decayed)."""
         if life == 0:
-            self.past = Covariance(self.d, only_rows=self.only_rows)
+            self.past = self.empty()
         else:
             past = copy.copy(self.past)
             past.merge(self.present)
             if life < 1:
                 past.decay(life)
             self.past = past
-        self.present = Covariance(self.d, only_rows=self.only_rows)
+        self.present = self.empty()
 
     def restart(self) -> None:
         """Forget what the present turn has brought."""
-        self.present = Covariance(self.d, only_rows=self.only_rows)
+        self.present = self.empty()
 
     def clear(self) -> None:
         """Forget everything: what there was is in the projector (the orthogonal recursion)."""
-        self.past = Covariance(self.d, only_rows=self.only_rows)
+        self.past = self.empty()
         self.restart()
 
     def all(self) -> Covariance:
         """Past and present as one; the present itself where there is no past."""
         if not self.past:
             return self.present
-        result = Covariance(self.d, only_rows=self.only_rows)
+        result = self.empty()
         result.merge(self.past)
         result.merge(self.present)
         return result

@@ -36,7 +36,7 @@ class FeatureTap:
     reduce : {"mean", "samples"}
         What a batch contributes, see `_igm_rs.batch_rows`.
     augment : bool
-        Whether a constant 1 stands behind the features of each group.
+        Whether a constant 1 stands behind the features of each group, for layers with a trained bias.
     """
 
     def __init__(self, layers: Iterable[Layer], reduce: str, augment: bool = False) -> None:
@@ -100,13 +100,14 @@ class FeatureTap:
 
     def see(self, heard: list[tuple[Layer, Ear]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the arguments of one forward pass; the layers of one module that are given one tensor share its rows."""
-        made: dict[int, torch.Tensor] = {}
+        made: dict[tuple[int, bool], torch.Tensor] = {}
         for layer, ear in heard:
             if self.sink is None and layer.weight.is_cuda and torch.cuda.is_current_stream_capturing():
                 continue  # nothing is computed yet
-            given = id(ear.given(args, kwargs))
+            augment = self._augment and layer.bias is not None
+            given = id(ear.given(args, kwargs)), augment
             if given not in made:
-                made[given] = layer.rows_of(ear.features(args, kwargs), self._reduce, self._augment, ear)
+                made[given] = layer.rows_of(ear.features(args, kwargs), self._reduce, augment, ear)
             if self.sink is None:
                 self._pending.append((layer.name, made[given]))
             else:

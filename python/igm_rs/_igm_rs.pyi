@@ -1,6 +1,6 @@
 # Signatures of the compiled module, the arithmetic on tensors (src/*.rs); help() shows the whole docstrings.
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,10 @@ __all__ = [
     "centre_",
     "conv_rows",
     "decay_",
-    "flat_projector",
-    "flat_projector_from_rows",
+    "dense_projector",
     "gradient_norm",
-    "multiply",
+    "make_projector",
+    "make_projector_from_rows",
     "orthogonal_projector_",
     "perturb_",
     "previous_modality",
@@ -37,6 +37,8 @@ __all__ = [
     "source_lists",
     "turn_at",
 ]
+
+_Factor: TypeAlias = tuple[Any, ...]
 
 __version__: Final[str]
 TORCH_VERSION: Final[str]
@@ -75,20 +77,32 @@ def decay_(tensors: Sequence[torch.Tensor], factor: float) -> None:
     """Multiply tensors by a factor, in place, so that old turns count for less."""
 
 # Eqs. (3)-(5), (9): src/projector.rs
-def flat_projector(
+def make_projector(
     covariance: torch.Tensor,
-    tau: float,
-    route: str = "eigh",
+    kind: str,
+    strength: float,
+    *,
+    route: str = "auto",
     dtype: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the flat projector of a covariance."""
+    scalar: bool = False,
+    noise: torch.Tensor | None = None,
+) -> tuple[_Factor, torch.Tensor, dict[str, Any]]:
+    """Make a projector T = V sigma(L) V^T of a covariance V L V^T."""
 
-def flat_projector_from_rows(
+def make_projector_from_rows(
     rows: torch.Tensor,
-    tau: float,
+    kind: str,
+    strength: float,
+    *,
+    route: str = "auto",
     dtype: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make the flat projector of rows.T @ rows from fewer rows than columns, without that matrix."""
+    scalar: bool = False,
+    noise: torch.Tensor | None = None,
+) -> tuple[_Factor, torch.Tensor, dict[str, Any]]:
+    """Make a projector of rows.T @ rows from fewer rows than columns, without that matrix: T = scale (I - R^T M R)."""
+
+def dense_projector(factor: _Factor) -> torch.Tensor:
+    """Write a factor out: T itself."""
 
 def orthogonal_projector_(
     projector: torch.Tensor,
@@ -98,18 +112,21 @@ def orthogonal_projector_(
 ) -> None:
     """Update an orthogonal projector P by one row after the other; `projector` is changed."""
 
-def project_(gradients: Sequence[torch.Tensor], projectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Project gradients, in place: gradients[i] <- gradients[i] @ projectors[i]."""
+def project_(
+    gradients: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    factors: Sequence[Sequence[_Factor]],
+) -> torch.Tensor:
+    """Project gradients, in place: gradients[i] <- gradients[i] @ T1 @ T2 ..., with a bias [gradients[i] biases[i]] in its place."""
 
 def project_update_(
     weights: Sequence[torch.Tensor],
     before: Sequence[torch.Tensor],
-    projectors: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    biases_before: Sequence[torch.Tensor | None],
+    factors: Sequence[Sequence[_Factor]],
 ) -> torch.Tensor:
-    """Project an update, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ projectors[i]."""
-
-def multiply(projectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Multiply projectors in the order given: the first one acts first on a gradient, g @ T1 @ T2."""
+    """Project what an optimizer has done to weights, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ T1 @ T2 ..."""
 
 def singular_values(matrix: torch.Tensor, rows: bool = False) -> npt.NDArray[np.float64]:
     """Compute the singular values of a covariance on the host, for diagnosis; waits for the device."""

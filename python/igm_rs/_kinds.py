@@ -73,7 +73,7 @@ class Ear:
         """Return Z of one forward pass with the batch first; one sample without a batch becomes a batch of one."""
         if self.argument == _ATTENDED:
             return _attended(self.module, args, kwargs)
-        features: torch.Tensor = self.given(args, kwargs)
+        features = _padded(self.given(args, kwargs))
         if isinstance(self.module, nn.MultiheadAttention):
             return _batch_first(self.module, features)
         unbatched = 1 if self.geometry is None else 1 + len(self.geometry.kernel)
@@ -199,6 +199,11 @@ def _geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry:
     return Geometry(kernel, module.stride, padding, dilation, module.padding_mode)
 
 
+def _padded(features: torch.Tensor) -> torch.Tensor:
+    """A nested tensor, as torch's inference makes of a padding mask, with zeros for what is missing."""
+    return features.to_padded_tensor(0.0) if features.is_nested else features
+
+
 def _batch_first(module: nn.MultiheadAttention, features: torch.Tensor) -> torch.Tensor:
     """(n_B, s, E) from what an attention takes or makes: (n_B, s, E), (s, n_B, E) or (s, E)."""
     if features.dim() == 2:
@@ -211,6 +216,11 @@ def _attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     assert isinstance(module, nn.MultiheadAttention), "only attention has what is attended"
     given = dict(zip(_ATTENTION, args, strict=False)) | kwargs
     query, key, value = given["query"], given["key"], given["value"]
+    missing = given.get("key_padding_mask")
+    if query.is_nested:  # self-attention in torch's fast path for inference
+        lengths = torch.tensor([one.shape[0] for one in query.unbind()], device=query.device)
+        query = key = value = _padded(query)
+        missing = torch.arange(query.shape[1], device=query.device) >= lengths[:, None]
     turned = module.batch_first and query.dim() == 3
     if turned:  # equal tensors stay one object, by which torch knows self-attention
         made = {id(one): one.transpose(0, 1) for one in (query, key, value)}
@@ -232,7 +242,7 @@ def _attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             torch.eye(module.embed_dim, dtype=weight.dtype, device=weight.device),
             None,
             training=False,
-            key_padding_mask=given.get("key_padding_mask"),
+            key_padding_mask=missing,
             need_weights=False,
             attn_mask=given.get("attn_mask"),
             use_separate_proj_weight=not module._qkv_same_embed_dim,

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._kinds import KINDS, Ear, Slot, original, passed_over, slots
 from ._modalities import Modalities
 
-__all__ = ["Layer", "check_gradients", "head_layers", "pair", "pair_all", "projected_share", "scope_layers"]
+__all__ = ["Layer", "Pairs", "Rule", "check_gradients", "check_held", "head_layers", "pair", "pair_all", "projected_share", "scope_layers"]
 
 Pairs = list[tuple["Layer", "Layer"]]
 Rule = str | Mapping[str, Any]
@@ -448,6 +448,17 @@ def _shape(layer: Layer) -> tuple[Any, ...]:
 
 def _listed(layers: Iterable[Layer]) -> str:
     return ", ".join(map(str, layers)) or "none"
+
+
+def check_held(modalities: Modalities, layers: Mapping[str, list[Layer]]) -> None:
+    """Raise ValueError where the weight of a projected layer does not move in its modality's turns."""
+    for name, mine in layers.items():
+        for layer in mine:
+            if modalities.group_of(layer.weight, name) is None:
+                raise ValueError(
+                    f"the weight of projected layer {layer} of {name!r} is not held by the base optimizer, or "
+                    "belongs to another modality alone; expected it in param_groups and in that modality or in none"
+                )
 
 
 def check_gradients(roots: Iterable[nn.Module]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -100,6 +100,32 @@ class Modalities:
         self.names = tuple(self.listed)
         self._held = held
         self.index(groups)
+
+    def append(self, name: str, members: Any, groups: list[Group]) -> None:
+        """Take in a modality, last in the order of training; to be undone with :meth:`checkpoint` where it fails."""
+        held = {parameter for group in groups for parameter in group["params"]}
+        self._held = held
+        self._list(name, members, f"modalities[{name!r}]", held)
+        if not self.listed[name]:
+            raise ValueError(f"modalities[{name!r}] is empty, expected at least one trainable parameter")
+        self.names = tuple(self.listed)
+        self.index(groups)
+
+    def checkpoint(self) -> Callable[[], None]:
+        """Return a function that puts the modalities back as they are now."""
+        names = self.names
+        modules = {name: list(mine) for name, mine in self.modules.items()}
+        listed = {name: dict(mine) for name, mine in self.listed.items()}
+
+        def put_back() -> None:
+            self.names, self.modules, self.listed = names, modules, listed
+
+        return put_back
+
+    def roots(self, model: nn.Module | None) -> list[nn.Module]:
+        """Return the modules of all modalities, and `model`."""
+        found = [module for mine in self.modules.values() for _, module in mine]
+        return found if model is None else [*found, model]
 
     def include(self, modality: str, module: nn.Module, label: str) -> None:
         """Count the parameters of `module` (a head of its own) as `modality`'s."""

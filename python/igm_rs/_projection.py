@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,12 +12,15 @@ import numpy as np
 import torch
 
 from . import _igm_rs
-from ._checks import is_number
 from ._covariance import Covariance, Turns
-from ._layers import Layer, pair
+from ._layers import Layer, Pairs, Rule, pair_all
 from ._warnings import warn
 
-__all__ = ["Projection", "ProjectionOptions"]
+__all__ = ["Factor", "Made", "Projection", "ProjectionOptions", "Recursion", "noise"]
+
+
+Factor = tuple[Any, ...]
+"""(T,), or (R, M, scale) for T = scale (I − Rᵀ M R), see `_igm_rs.make_projector`."""
 
 
 @dataclass(frozen=True)
@@ -23,24 +28,46 @@ class ProjectionOptions:
     """How T is made and kept; the names are those of :class:`igm_rs.IGMOptimizer`."""
 
     projector: str = "flat"
+    control: str | None = None
+    seed: int = 0
     features: str = "mean"
     life: float = 0.0
     route: str = "auto"
     alpha: float = 0.1
     batches: int | None = None
     normalise: bool = False
+    pairing: Rule = "position"
+    combine: str = "product"
+    augment_bias: bool = False
 
 
 @dataclass
-class _Made:
-    """One T with the spectrum it was made from; the orthogonal projector has none."""
+class Made:
+    """One T, the spectrum it was made from, and how; the orthogonal projector has no spectrum."""
 
-    projector: torch.Tensor
+    factor: Factor
     singular_values: torch.Tensor | None
+    report: dict[str, Any]
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values for a state dict."""
+        return {"factor": list(self.factor), "singular_values": self.singular_values, "report": dict(self.report)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device) -> Made:
+        """Return what :meth:`state` gave, on `device`, in the precision it was saved with."""
+
+        def there(value: Any) -> Any:
+            return value.detach().to(device, copy=True) if isinstance(value, torch.Tensor) else value
+
+        if "projector" in state:  # of version 2 and older
+            return cls((there(state["projector"]),), there(state["singular_values"]), {})
+        factor = tuple(there(part) for part in state["factor"])
+        return cls(factor, there(state["singular_values"]), dict(state["report"]))
 
 
 @dataclass
-class _Recursion:
+class Recursion:
     """What MLA's recursion remembers of a layer: P, the rows taken by modality, whether it begins at I next."""
 
     projector: torch.Tensor | None = None
@@ -64,22 +91,56 @@ class Projection:
     def __init__(
         self, layers: Mapping[str, list[Layer]], sources: Mapping[str, list[str]], options: ProjectionOptions
     ) -> None:
-        self.layers = dict(layers)
-        self.sources = dict(sources)
+        self.layers: dict[str, list[Layer]] = {}
+        self.sources: dict[str, list[str]] = {}
+        self.pairs: dict[str, list[Pairs]] = {}
         self.options = options
-        self.pairs = {
-            name: [pair(name, source, self.layers) for source in sources[name]] if layers[name] else []
-            for name in self.layers
-        }
-        only_rows = options.projector == "orthogonal"
-        self.covariances = {
-            name: {layer.name: Turns(layer.features, only_rows=only_rows) for layer in mine}
-            for name, mine in self.layers.items()
-        }
-        self.made: dict[str, dict[str, _Made]] = {name: {} for name in self.layers}
-        self.recursions = {layer.name: _Recursion() for mine in self.layers.values() for layer in mine if only_rows}
+        self.covariances: dict[str, dict[str, Turns]] = {}
+        self.made: dict[str, dict[str, Made]] = {}
+        self.gathered: dict[str, dict[str, Covariance]] = {}
+        """With ``combine="sum"``: Ȳ as it was when T was last made of it."""
+        self.summed: dict[str, dict[str, Made]] = {}
+        """With ``combine="sum"``: the T of each modality's layers, made from the sum of its sources' Ȳ."""
+        self.recursions: dict[str, Recursion] = {}
         self.failures = 0
-        self._ready: dict[str, tuple[list[Layer], list[torch.Tensor]]] = {}
+        self._ready: dict[str, tuple[list[Layer], list[list[Factor]]]] = {}
+        self.extend(layers, sources)
+
+    def extend(self, layers: Mapping[str, list[Layer]], sources: Mapping[str, list[str]]) -> None:
+        """Take in further modalities with their `layers`; `sources` are those of all modalities from now on.
+
+        Nothing has changed where the layers cannot be paired.
+        """
+        everyone = self.layers | dict(layers)
+        pairs = {name: pair_all(name, sources[name], everyone, self.options.pairing) for name in everyone}
+        for of_source in pairs.values():
+            for mine, theirs in (pair for listed in of_source for pair in listed):
+                if self.width(mine) != self.width(theirs):
+                    raise ValueError(
+                        f"layer {mine} is paired with {theirs} and only one of them has a bias that is trained, "
+                        "expected both or none with augment_bias=True, or pairing= as a mapping"
+                    )
+        for layer in (layer for mine in layers.values() for layer in mine):
+            if layer.groups > 1 and self.options.projector == "orthogonal":
+                raise ValueError(f"projector is 'orthogonal' and layer {layer} is grouped, expected another projector")
+        self.layers, self.sources, self.pairs = everyone, dict(sources), pairs
+        for name, mine in layers.items():
+            self.covariances[name] = {layer.name: self._turns(layer) for layer in mine}
+            self.made[name], self.gathered[name], self.summed[name] = {}, {}, {}
+            if self.options.projector == "orthogonal":
+                self.recursions |= {layer.name: Recursion() for layer in mine if layer.name not in self.recursions}
+        self._ready.clear()
+
+    def augmented(self, layer: Layer) -> bool:
+        """Whether T of `layer` acts on its bias, too."""
+        return self.options.augment_bias and layer.bias is not None
+
+    def width(self, layer: Layer) -> int:
+        """The columns of one group's T."""
+        return layer.features + self.augmented(layer)
+
+    def _turns(self, layer: Layer) -> Turns:
+        return Turns(self.width(layer), groups=layer.groups, only_rows=self.options.projector == "orthogonal")
 
     def checkpoint(self) -> Callable[[], None]:
         """Return a function that puts everything back; tensors are shared with it, as none is ever changed."""
@@ -89,6 +150,8 @@ class Projection:
             for one in mine.values()
         ]
         made = {name: dict(by_layer) for name, by_layer in self.made.items()}
+        gathered = {name: dict(by_layer) for name, by_layer in self.gathered.items()}
+        summed = {name: dict(by_layer) for name, by_layer in self.summed.items()}
         recursions = {name: replace(one, updates=dict(one.updates)) for name, one in self.recursions.items()}
         failures = self.failures
 
@@ -97,6 +160,7 @@ class Projection:
                 one.past, one.present = past, present
                 vars(present).update(attributes)
             self.made, self.recursions, self.failures = made, recursions, failures
+            self.gathered, self.summed = gathered, summed
             self._ready.clear()
 
         return put_back
@@ -125,8 +189,7 @@ class Projection:
 
     def empty(self, modality: str) -> dict[str, Covariance]:
         """Return an empty Ȳ for each layer of `modality`, for a pass that collects."""
-        only_rows = self.options.projector == "orthogonal"
-        return {layer.name: Covariance(layer.features, only_rows=only_rows) for layer in self.layers[modality]}
+        return {layer.name: self.covariances[modality][layer.name].empty() for layer in self.layers[modality]}
 
     def put(self, modality: str, gathered: Mapping[str, Covariance]) -> None:
         """Let what a pass has `gathered` be the present Ȳ of `modality`."""
@@ -143,174 +206,138 @@ class Projection:
             if not present and isinstance(present.left_out, int) and not present.left_out
         ]
 
-    def refresh(self, modality: str, tau: Mapping[str, float]) -> None:
-        """Make T of `modality` from its Ȳ, with `tau` by layer name; without any row T stays as it was.
+    def refresh(self, modality: str, tau: Callable[[Layer, str], float]) -> None:
+        """Make T of `modality` from its Ȳ, with `tau` of a layer and a modality; without any row T stays as it was.
 
         A decomposition that fails leaves T as it was; it is counted in `failures` and warned about.
         """
-        made: dict[str, _Made] = {}
+        made: dict[str, Made] = {}
         before = self._left_out(modality)
         for turns in self.covariances[modality].values():
             turns.present.left_out = int(turns.present.left_out)
         self._warn_left_out(modality, self._left_out(modality) - before)
+        summing = self.options.combine == "sum"
         for layer in self.layers[modality]:
             turns = self.covariances[modality][layer.name]
             everything = turns.all()
-            if tau[layer.name] == 0:
+            strength = tau(layer, modality)
+            if strength == 0 or self.options.projector == "identity":
                 self.made[modality].pop(layer.name, None)
+                self.gathered[modality].pop(layer.name, None)
                 continue
             if not everything:
                 continue
-            dtype = "float64" if layer.weight.dtype == torch.float64 else "float32"
-            try:
-                if self.options.projector == "orthogonal":
-                    made[layer.name] = self._recur(modality, layer, everything, dtype)
-                    turns.clear()
-                else:
-                    made[layer.name] = self._flat(everything, tau[layer.name], dtype)
-            except ArithmeticError as error:
-                self.failures += 1
-                warn(
-                    f"the projector of {modality!r}, layer {layer.name!r}, was left as it was: {error}", RuntimeWarning
-                )
+            if self.options.projector == "orthogonal":
+                found = self._attempt(modality, layer, self._recur, modality, layer, everything)
+                turns.clear()
+            else:
+                found = self._attempt(modality, layer, self._make, modality, layer, everything, strength)
+            if found is None:
+                continue
+            made[layer.name] = found
+            if summing:
+                self.gathered[modality][layer.name] = copy.copy(everything)
         self.made[modality] |= made
+        if summing:
+            for active, listed in self.sources.items():
+                if modality in listed:
+                    self._sum_up(active, tau)
         self._ready.clear()
 
-    def for_step(self, active: str) -> tuple[list[Layer], list[torch.Tensor]]:
-        """Return the layers of `active` that are projected now, with the T of each; no T yet means T = I."""
+    def _attempt(self, modality: str, layer: Layer, make: Callable[..., Made], *arguments: Any) -> Made | None:
+        """Return what is made; None, counted and warned about, where it cannot be."""
+        try:
+            return make(*arguments)
+        except ArithmeticError as error:
+            self.failures += 1
+            warn(f"the projector of {modality!r}, layer {layer.name!r}, was left as it was: {error}", RuntimeWarning)
+            return None
+
+    def _sum_up(self, active: str, tau: Callable[[Layer, str], float]) -> None:
+        """Make one T for each layer of `active` from the sum of its sources' Ȳ."""
+        for layer in self.layers[active]:
+            total: Covariance | None = None
+            for source, theirs in self._partners(active, layer):
+                one = self.gathered[source].get(theirs.name)
+                if one is not None:
+                    total = self.covariances[source][theirs.name].empty() if total is None else total
+                    total.merge(one)
+            strength = tau(layer, active)
+            if total is None or strength == 0:
+                self.summed[active].pop(layer.name, None)
+                continue
+            found = self._attempt(active, layer, self._make, active, layer, total, strength)
+            if found is not None:
+                self.summed[active][layer.name] = found
+
+    def _partners(self, active: str, layer: Layer) -> list[tuple[str, Layer]]:
+        """The layers whose T's act on `layer`, each with its modality, in the order in which they act."""
+        return [
+            (source, theirs)
+            for source, pairs in zip(self.sources[active], self.pairs[active], strict=True)
+            for mine, theirs in pairs
+            if mine is layer
+        ]
+
+    def acting(self, active: str, layer: Layer) -> dict[tuple[str | None, str], Made]:
+        """The T's that act on `layer` of `active` now, in their order, by source (None: of several) and its layer."""
+        if self.options.combine == "sum":
+            one = self.summed[active].get(layer.name)
+            return {} if one is None else {(None, layer.name): one}
+        partners = self._partners(active, layer)
+        found = {
+            (source, theirs.name): self.made[source][theirs.name]
+            for source, theirs in partners
+            if theirs.name in self.made[source]
+        }
+        if not self.recursions:
+            return found
+        by_layer = {name: (source, one) for (source, name), one in reversed(found.items())}
+        return {(source, name): one for name, (source, one) in reversed(by_layer.items())}
+
+    def for_step(self, active: str) -> tuple[list[Layer], list[list[Factor]]]:
+        """Return the layers of `active` that are projected now, with the factors of each; no T yet means T = I."""
         if active not in self._ready:
             layers: list[Layer] = []
-            projectors: list[torch.Tensor] = []
+            factors: list[list[Factor]] = []
             for layer in self.layers[active]:
-                by_source = {
-                    theirs.name if self.recursions else (source, theirs.name): self.made[source][theirs.name].projector
-                    for source, pairs in zip(self.sources[active], self.pairs[active], strict=True)
-                    for mine, theirs in pairs
-                    if mine is layer and theirs.name in self.made[source]
-                }
-                found = list(by_source.values())
+                found = self.acting(active, layer)
                 if found:
                     layers.append(layer)
-                    projectors.append(found[0] if len(found) == 1 else _igm_rs.multiply(found))
-            self._ready[active] = layers, projectors
+                    factors.append([one.factor for one in found.values()])
+            self._ready[active] = layers, factors
         return self._ready[active]
 
-    def spectra_for(self, active: str) -> dict[str, torch.Tensor]:
-        """The singular values behind the T's that act on `active` now, by layer of the source."""
+    def told(self, active: str) -> dict[str, Made]:
+        """The T's that act on `active` now and have a spectrum, by layer of the source (``"source: layer"``)."""
         several = len(self.sources[active]) > 1
         return {
-            f"{source}: {theirs.name}" if several else theirs.name: values
-            for source, pairs in zip(self.sources[active], self.pairs[active], strict=False)
-            for _, theirs in pairs
-            if theirs.name in self.made[source]
-            and (values := self.made[source][theirs.name].singular_values) is not None
+            f"{source}: {name}" if several and source is not None else name: one
+            for layer in self.layers[active]
+            for (source, name), one in self.acting(active, layer).items()
+            if one.singular_values is not None
         }
 
     def projectors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """T by modality and layer, (d, d) each; a layer without T yet is absent (its T is I)."""
-        return {name: {layer: one.projector for layer, one in made.items()} for name, made in self.made.items()}
+        """T by modality and layer, (d, d) or (G, d, d); a layer without T yet is absent (its T is I)."""
+        return {
+            name: {layer: _igm_rs.dense_projector(one.factor) for layer, one in made.items()}
+            for name, made in self.made.items()
+        }
 
     def spectrum(self, modality: str) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-        """Singular values λ of Ȳ by layer, descending, (d,) float64, from the rows gathered so far."""
+        """Singular values λ of Ȳ by layer, descending, (d,) or (G, d) float64, from the rows gathered so far."""
         result = {}
         for name, turns in self.covariances[modality].items():
             value = turns.all().value(centred=self.options.features == "centred")
             if value is not None:
-                result[name] = _igm_rs.singular_values(value)
+                several = [value] if value.dim() == 2 else list(value)
+                values = [_igm_rs.singular_values(one) for one in several]
+                result[name] = values[0] if value.dim() == 2 else np.stack(values)
         return result
 
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values for a state dict."""
-        return {
-            "projector": self.options.projector,
-            "features": self.options.features,
-            "covariances": {
-                name: {
-                    layer: {"past": turns.past.state(), "present": turns.present.state()}
-                    for layer, turns in mine.items()
-                }
-                for name, mine in self.covariances.items()
-            },
-            "projectors": {
-                name: {
-                    layer: {"projector": one.projector, "singular_values": one.singular_values}
-                    for layer, one in made.items()
-                }
-                for name, made in self.made.items()
-            },
-            "recursions": {
-                name: {"projector": one.projector, "updates": dict(one.updates), "restart": one.restart}
-                for name, one in self.recursions.items()
-            },
-            "failures": self.failures,
-        }
-
-    def check(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming both sides, unless `state` is of the same options, modalities, layers, widths."""
-        missing = [key for key in self.state() if key not in state]
-        if missing:
-            raise ValueError(f"the state dict's projection has no {missing[0]!r}, expected what state_dict() returned")
-        for option in ("projector", "features"):
-            if state[option] != getattr(self.options, option):
-                raise ValueError(
-                    f"the state dict is of {option}={state[option]!r}, expected {getattr(self.options, option)!r}"
-                )
-        mine = {name: {layer.name: layer.features for layer in layers} for name, layers in self.layers.items()}
-        saved = state["covariances"]
-        if not isinstance(saved, Mapping) or list(saved) != list(mine):
-            raise ValueError(f"the state dict is of modalities {list(saved)}, expected {list(mine)}")
-        for name, layers in mine.items():
-            if set(saved[name]) != set(layers):
-                raise ValueError(
-                    f"the state dict projects layers {sorted(saved[name])} of {name!r}, expected {sorted(layers)}"
-                )
-            for layer, d in layers.items():
-                where = f"layer {layer!r} of {name!r}"
-                halves = _parts(f"the covariance of {where}", saved[name][layer], {"past", "present"})
-                for part in halves.values():
-                    _check_covariance(where, _parts(f"the covariance of {where}", part, set(Covariance(d).state())), d)
-            made = state["projectors"].get(name) if isinstance(state["projectors"], Mapping) else None
-            if not isinstance(made, Mapping) or not set(made) <= set(layers):
-                raise ValueError(
-                    f"the state dict's projectors of {name!r} are {_shown(made)}, expected some of {sorted(layers)}"
-                )
-            for layer, one in made.items():
-                where = f"layer {layer!r} of {name!r}"
-                _parts(f"the projector of {where}", one, {"projector", "singular_values"})
-                if one["projector"] is None:
-                    raise ValueError(f"the projector of {where} in the state dict is None, expected a tensor")
-                _check_tensor(where, "projector", one["projector"], layers[layer])
-                _check_vector(where, "singular_values", one["singular_values"], layers[layer])
-        widths = {layer: d for layers in mine.values() for layer, d in layers.items()}
-        recursions = _parts("the recursions", state["recursions"], set(self.recursions))
-        for layer, one in recursions.items():
-            _parts(f"the recursion of layer {layer!r}", one, {"projector", "updates", "restart"})
-            _check_tensor(f"layer {layer!r}", "projector", one["projector"], widths[layer])
-        if type(state["failures"]) is not int or state["failures"] < 0:
-            raise ValueError(f"the state dict's failures are {state['failures']!r}, expected an integer >= 0")
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state` gave; tensors keep their own precision and go to their layer's device."""
-        devices = {layer.name: layer.weight.device for mine in self.layers.values() for layer in mine}
-        for name, mine in self.covariances.items():
-            for layer, turns in mine.items():
-                turns.past.load(state["covariances"][name][layer]["past"], devices[layer])
-                turns.present.load(state["covariances"][name][layer]["present"], devices[layer])
-            self.made[name] = {
-                layer: _Made(
-                    one["projector"].detach().to(devices[layer], copy=True),
-                    None
-                    if one["singular_values"] is None
-                    else one["singular_values"].detach().to(devices[layer], copy=True),
-                )
-                for layer, one in state["projectors"][name].items()
-            }
-        for name, one in state["recursions"].items():
-            projector = one["projector"]
-            if projector is not None:
-                projector = projector.detach().to(devices[name], copy=True)
-            self.recursions[name] = _Recursion(projector, dict(one["updates"]), one["restart"])
-        self.failures = state["failures"]
+    def changed(self) -> None:
+        """Forget what has been looked up: T's have come from elsewhere."""
         self._ready.clear()
 
     def _left_out(self, modality: str) -> int:
@@ -327,34 +354,43 @@ class Projection:
                 RuntimeWarning,
             )
 
-    def _flat(self, everything: Covariance, tau: float, dtype: str) -> _Made:
-        """Eq. (4): from the rows where there are fewer than d (Gram), else from Ȳ."""
+    def _make(self, modality: str, layer: Layer, everything: Covariance, tau: float) -> Made:
+        """Eq. (4), or another projector: from the rows where there are fewer than d (Gram), else from Ȳ."""
         options = self.options
         centred = options.features == "centred"
+        arguments: dict[str, Any] = {"dtype": "float64" if layer.weight.dtype == torch.float64 else "float32"}
+        if options.control == "scalar":
+            arguments["scalar"] = True
+        elif options.control == "random":
+            arguments["noise"] = noise(options.seed, modality, layer.name, everything.d).to(layer.weight.device)
+        strength = tau if options.projector == "flat" else options.alpha
         rows = everything.rows
-        few = rows is not None and rows.shape[0] < everything.d and everything.matrix is None
-        if options.route == "auto" and not centred and few and rows is not None:
-            return _Made(*_igm_rs.flat_projector_from_rows(rows, tau, dtype=dtype))
+        few = rows is not None and rows.shape[0] < everything.d and everything.matrix is None and layer.groups == 1
+        if options.route in ("auto", "gram") and few and rows is not None and not centred:
+            one = Made(*_igm_rs.make_projector_from_rows(rows, options.projector, strength, **arguments))
+            if 2 * rows.shape[0] > everything.d and len(one.factor) > 1 and options.control != "scalar":
+                one.factor = (_igm_rs.dense_projector(one.factor),)  # which is less to multiply with
+            return one
         value = everything.value(centred=centred)
         assert value is not None, "a covariance that holds rows has a value"
-        route = "eigh" if options.route == "auto" else options.route
-        return _Made(*_igm_rs.flat_projector(value, tau, route=route, dtype=dtype))
+        route = "eigh" if options.route == "gram" or (layer.groups > 1 and options.route != "svd") else options.route
+        return Made(*_igm_rs.make_projector(value, options.projector, strength, route=route, **arguments))
 
-    def _recur(self, modality: str, layer: Layer, everything: Covariance, dtype: str) -> _Made:
+    def _recur(self, modality: str, layer: Layer, everything: Covariance) -> Made:
         """MLA's recursion over the rows since the last refresh (method.md §6); P belongs to the layer."""
         recursion = self.recursions[layer.name]
         rows = everything.rows
         assert rows is not None, "the orthogonal projector keeps rows only"
         if recursion.projector is None or recursion.restart:
-            P = torch.eye(layer.features, dtype=rows.dtype, device=rows.device)
+            P = torch.eye(everything.d, dtype=rows.dtype, device=rows.device)
         else:
             P = recursion.projector.clone()
         seen = recursion.updates.get(modality, 0)
         alphas = [self._alpha(seen + i) for i in range(rows.shape[0])]
         _igm_rs.orthogonal_projector_(P, rows, alphas, normalise=self.options.normalise)
         updates = recursion.updates | {modality: seen + rows.shape[0]}
-        self.recursions[layer.name] = _Recursion(P, updates, restart=False)
-        one = _Made(P.to(torch.float64 if dtype == "float64" else torch.float32), None)
+        self.recursions[layer.name] = Recursion(P, updates, restart=False)
+        one = Made((P.to(torch.float64 if layer.weight.dtype == torch.float64 else torch.float32),), None, {})
         for name, mine in self.layers.items():
             if layer in mine:
                 self.made[name][layer.name] = one
@@ -366,51 +402,10 @@ class Projection:
         return alpha if batches is None else float(alpha ** (1 + (update % batches) / batches))
 
 
-def _check_tensor(layer: str, key: str, tensor: Any, d: int) -> None:
-    """Raise ValueError unless what a state dict holds of a layer is a matrix of its width, of numbers."""
-    if tensor is None:
-        return
-    where = f"{key!r} of {layer} in the state dict"
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{where} is a {type(tensor).__name__}, expected a tensor")
-    if tensor.ndim != 2 or tensor.shape[1] != d:
-        width = tensor.shape[-1] if tensor.ndim else 0
-        raise ValueError(f"the state dict has width {width} for {layer}, expected {d}")
-    if key != "rows" and tensor.shape[0] != d:
-        raise ValueError(f"{where} has the shape {tuple(tensor.shape)}, expected {(d, d)}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{where} is {tensor.dtype}, expected a real floating dtype")
-    if tensor.is_meta:
-        raise ValueError(f"{where} is on meta, expected a tensor that holds numbers")
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{where} holds a NaN or an infinity, expected finite numbers")
+def noise(seed: int, modality: str, layer: str, d: int) -> torch.Tensor:
+    """Return the Gaussian numbers, (d, d) float64, of which the random basis of a layer's T is made: always the same.
 
-
-def _check_vector(layer: str, key: str, tensor: Any, d: int) -> None:
-    """Raise ValueError unless what a state dict holds of a layer is a vector of its width, or None."""
-    if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.shape == (d,) and not tensor.is_meta):
-        raise ValueError(f"{key!r} of {layer} in the state dict is {_shown(tensor)}, expected a tensor of shape {(d,)}")
-
-
-def _check_covariance(layer: str, part: Mapping[str, Any], d: int) -> None:
-    for key in ("rows", "matrix"):
-        _check_tensor(layer, key, part[key], d)
-    _check_vector(layer, "total", part["total"], d)
-    for key in ("count", "left_out"):
-        if not is_number(part[key]) or part[key] < 0:
-            raise ValueError(f"{key!r} of {layer} in the state dict is {part[key]!r}, expected a number >= 0")
-
-
-def _parts(what: str, found: Any, keys: set[str]) -> Mapping[str, Any]:
-    """Return `found` if it is a mapping with these keys; ValueError otherwise."""
-    if not isinstance(found, Mapping) or set(found) != keys:
-        raise ValueError(f"{what} in the state dict is {_shown(found)}, expected a mapping with {sorted(keys)}")
-    return found
-
-
-def _shown(found: Any) -> str:
-    if isinstance(found, Mapping):
-        return f"a mapping with {sorted(map(str, found))}"
-    if isinstance(found, torch.Tensor):
-        return f"a tensor of shape {tuple(found.shape)}"
-    return repr(found)
+    torch's own generators are left alone.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{modality}/{layer}".encode()))
+    return torch.randn(d, d, dtype=torch.float64, generator=generator)

@@ -17,6 +17,7 @@ from ._course import Course
 from ._device import capturing, keep_where_unusable, usable_on_device, waits_for_nothing
 from ._fused import Fused
 from ._layers import Layer
+from ._projection import Factor, Made
 from ._perturbation import climb_of, gradient_norm, judge
 from ._random import RandomState
 from ._rollback import Rollback
@@ -430,19 +431,29 @@ class Stepper:
     def _modify(self, active: str, figures: Figures) -> None:
         """∇W ← ∇W T (Eq. 9); clip."""
         projected = self._projected(active)
-        figures["layers"] = [layer.name for layer, _, _ in projected]
+        figures["layers"] = [layer.name for layer, _ in projected]
         if projected and not self._core.project_update:
-            figures["projected"] = _igm_rs.project_(
-                [gradient for _, _, gradient in projected], [T for _, T, _ in projected]
-            )
+            gradients = _matrices(projected, lambda p: p.grad)
+            biases = self._biases(projected, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+            figures["projected"] = _igm_rs.project_(gradients, biases, [factors for _, factors in projected])
         self._clip(active, figures)
 
-    def _projected(self, active: str) -> list[tuple[Layer, torch.Tensor, torch.Tensor]]:
-        """The layers of `active` that have a T and a gradient, with both."""
+    def _projected(self, active: str) -> list[tuple[Layer, list[Factor]]]:
+        """The layers of `active` that have a T and a gradient, with the factors of T."""
         return [
-            (layer, projector, gradient)
-            for layer, projector in zip(*self._core.projection.for_step(active), strict=True)
-            if (gradient := layer.weight.grad) is not None
+            (layer, factors)
+            for layer, factors in zip(*self._core.projection.for_step(active), strict=True)
+            if layer.weight.grad is not None
+        ]
+
+    def _biases(
+        self, projected: list[tuple[Layer, list[Factor]]], of: Callable[[Any], Any]
+    ) -> list[torch.Tensor | None]:
+        """For each layer what belongs to its bias, a view, where T acts on it, too."""
+        augmented = self._core.projection.augmented
+        return [
+            layer.vector(of(layer.bias)) if layer.bias is not None and augmented(layer) else None
+            for layer, _ in projected
         ]
 
     def _clip(self, active: str, figures: Figures) -> None:
@@ -473,9 +484,13 @@ class Stepper:
         projected = self._projected(active)
         if projected:
             kept = self._core.before if weights_before is None else weights_before
-            weights: list[torch.Tensor] = [layer.weight for layer, _, _ in projected]
-            before = [kept[weight] for weight in weights]
-            figures["projected"] = _igm_rs.project_update_(weights, before, [T for _, T, _ in projected])
+            figures["projected"] = _igm_rs.project_update_(
+                _matrices(projected, lambda p: p),
+                _matrices(projected, lambda p: kept[p]),
+                self._biases(projected, lambda p: p),
+                self._biases(projected, lambda p: kept[p]),
+                [factors for _, factors in projected],
+            )
 
     def _note(self, active: str, figures: Figures) -> None:
         """Count the step and let its features count."""
@@ -487,7 +502,7 @@ class Stepper:
             keep_where_unusable(usable, [(new, torch.zeros_like(new)) for _, new in rows])
         if not core.counters.replaced:
             core.projection.add(active, rows)
-        acted = core.projection.spectra_for(active)
+        acted = core.projection.told(active)
         position = core.counters.turns, core.counters.steps + 1
         core.counters.unperturbed += figures["second_pass"] == "no closure"
         core.counters.inert += figures["second_pass"] == "unchanged"
@@ -578,7 +593,7 @@ class Stepper:
         self,
         active: str,
         figures: Figures,
-        spectra: dict[str, torch.Tensor],
+        acted: dict[str, Made],
         position: tuple[int, int],
         *,
         skipped: bool,
@@ -596,7 +611,7 @@ class Stepper:
             "skipped_steps": core.counters.skipped,
             "second_pass": figures["second_pass"],
         }
-        core.last_stats = step_stats(constants, figures, spectra, list(core.counters.pending.values()))
+        core.last_stats = step_stats(constants, figures, acted, list(core.counters.pending.values()))
 
 
 _REMEMBER = (
@@ -640,6 +655,11 @@ def _loss_of(closure: Closure) -> Any:
     if loss is None:
         raise TypeError("closure returned None, expected the loss: a tensor or a number")
     return loss
+
+
+def _matrices(projected: list[tuple[Layer, list[Factor]]], of: Callable[[Any], Any]) -> list[torch.Tensor]:
+    """For each layer what belongs to its weight, as a view (out, d) or (G, out/G, d)."""
+    return [layer.matrix(of(layer.weight)) for layer, _ in projected]
 
 
 def _identical(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:

@@ -41,6 +41,11 @@ class Counters:
         self.since = dict.fromkeys(self.names, 0) | self.since
         self.taken = dict.fromkeys(self.names, 0) | self.taken
 
+    def add(self, name: str) -> None:
+        """Count for one modality more."""
+        self.names = [*self.names, name]
+        self.__post_init__()
+
     def close(self) -> None:
         """Close the open turn, finished or not."""
         if self.open is not None:

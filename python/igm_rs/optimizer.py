@@ -14,13 +14,15 @@ from torch.amp.grad_scaler import GradScaler
 from . import _checkpoint, _checks, _igm_rs
 from ._base import base_optimizer, check_group
 from ._batchnorm import Statistics
-from ._core import Closure, Core, PerModality, Replay, lr_of
+from ._core import Closure, Core, PerModality, Replay, Structure, lr_of
 from ._course import Course
 from ._features import FeatureTap
 from ._head_pass import head_pass_of
-from ._layers import Layer, check_gradients, head_layers, scope_layers
+from ._growth import add_modality, layers_of, sources_of
+from ._layers import check_gradients, check_held, projected_share
 from ._modalities import Modalities, check_parameters, parameter_names
-from ._projection import Projection, ProjectionOptions
+from ._options import projection_options
+from ._projection import Projection
 from ._step import Stepper, one_closure
 from ._turns import Counters
 from .stats import StepStats
@@ -54,7 +56,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         as features of the modality that steps, so forward one modality, step, then forward the next.
     scope : float, optional
         In [0, 1], instead of heads: project layers from the output of each modality backwards until they hold this
-        share of its parameters (Table 4).
+        share of its parameters (Table 4): linear, convolutional and attention layers, see the README; norm layers and
+        embeddings are passed over. :attr:`projected_share` tells what came of it.
     model : torch.nn.Module, optional
         Where names of modules and parameters are looked up, and BatchNorm layers, whose statistics advance once a step
         and not twice; without it BatchNorm layers are found in `modalities` where these are modules.
@@ -81,11 +84,27 @@ class IGMOptimizer(torch.optim.Optimizer):
         Whether the second pass is left out where the perturbation has moved no weight at all, to the bit: such a pass
         differs from the first by its random numbers at most. On CUDA the step then waits for the device; while a CUDA
         graph is recorded nothing is left out.
-    sources : {"previous", "others"} or mapping of str to None, str or list of str
-        Whose T acts on each modality: the one trained before it (Algorithm 1, line 9), all others (their product in
-        the order of training), or as listed; None is "not projected" (Table 3).
-    projector : {"flat", "orthogonal"}
-        T of Eq. (4); or the recursion of MLA, P ← P − k kᵀ/(α + rᵀk), where P belongs to the layer.
+    sources : {"previous", "others", "earlier"} or mapping of str to None, str or list of str
+        Whose T acts on each modality: the one trained before it (Algorithm 1, line 9), all others, those before it in the
+        order of training, or as listed; None is "not projected" (Table 3).
+    combine : {"product", "sum"}
+        Of several sources: their T's act one after the other, in the order of training; or one T is made from the sum of
+        their Ȳ, with the strength of the modality that it acts on.
+    pairing : {"position", "name", "shape"} or mapping
+        Which layer's T of the source acts on a layer; a layer that both have is paired with itself. By the position
+        counted from the output, where the widths agree; by the path below head or modality; with every layer of the
+        same weight shape, as the released code does; or {layer: the source's layer, or None for "not projected"}, also
+        one such mapping for each modality. See :attr:`pairs`.
+    projector : {"flat", "ridge", "null_space", "orthogonal", "identity"}
+        T of Eq. (4); (I + α Ȳ/mean λ)⁻¹, a strong filter for shared parameters; V₀V₀ᵀ/‖V₀V₀ᵀ‖ of the directions with
+        λ ≤ α λ_min (Adam-NSCL); the recursion of MLA, P ← P − k kᵀ/(α + rᵀk), where P belongs to the layer; or none.
+    control : {None, "random", "scalar"}
+        To tell whether directions matter: the eigenvalues of T in a random orthogonal basis, which `seed` decides; or
+        their mean times I. For the flat, ridge and null-space projectors.
+    seed : int
+        Of ``control="random"``; torch's generators are left alone.
+    augment_bias : bool
+        Whether T acts on a layer's bias, too: a constant feature 1 stands behind Z, and [W b] is (out, d + 1).
     features : {"mean", "samples", "centred"}
         A batch adds its mean (Eq. 2), every sample, or every sample around the mean of all.
     covariance : {"fresh", "kept"} or float
@@ -96,13 +115,19 @@ class IGMOptimizer(torch.optim.Optimizer):
         Outside any ``turn()`` consecutive steps of one modality are its turn; with an integer, every n of its steps.
     project : {"gradient", "update"}
         What T acts on: the gradient (Eq. 9), or the base optimizer's update of the weight.
-    route : {"auto", "eigh", "svd"}
-        How T is computed: from the rows where there are fewer than d, else by ``eigh``; or as named.
+    route : {"auto", "svd", "eigh", "gram", "polynomial"}
+        How T is computed. "auto": from the rows where there are fewer than d (Gram), kept in factored form where that is
+        cheaper; else, for a flat float32 T of d ≥ 160, by a polynomial of Ȳ without its dominant direction where few
+        products suffice; else by eigendecomposition. "gram": from the rows where there are fewer than d, else "eigh".
+        Layers of several groups are decomposed. ``last_stats["routes"]`` tells.
     reset : subset of {"momentum", "lr"}
         What starts anew with each turn: the base's state of the moving parameters; the lr of construction.
-    alpha, batches, normalise : float, int or None, bool
-        For ``projector="orthogonal"`` alone: α > 0 of the recursion; with `batches` (the loader's length) α is
-        ``alpha ** (1 + batch / batches)``; whether P is divided by its Frobenius norm after each row, as released.
+    alpha : float, optional
+        Of the ridge > 0, 30 by default (10 to 100 are usual); of the null space ≥ 1, 10 by default; of the orthogonal
+        projector > 0, 0.1 by default.
+    batches, normalise : int or None, bool
+        For ``projector="orthogonal"`` alone: with `batches` (the loader's length) α is ``alpha ** (1 + batch /
+        batches)``; whether P is divided by its Frobenius norm after each row, as released.
     max_grad_norm : float, optional
         c > 0: after projection the gradients of all that moves are clipped to a joint L2 norm of c, as
         ``torch.nn.utils.clip_grad_norm_`` does. None: no clipping.
@@ -175,14 +200,19 @@ class IGMOptimizer(torch.optim.Optimizer):
         sam_scope: str = "all",
         skip_inert: bool = False,
         sources: str | Mapping[str, Any] = "previous",
+        combine: str = "product",
+        pairing: str | Mapping[str, Any] = "position",
         projector: str = "flat",
+        control: str | None = None,
+        seed: int = 0,
+        augment_bias: bool = False,
         features: str = "mean",
         covariance: str | float = "fresh",
         refresh: str | int = "turn",
         project: str = "gradient",
         route: str = "auto",
         reset: str | tuple[str, ...] = (),
-        alpha: float = 0.1,
+        alpha: float | None = None,
         batches: int | None = None,
         normalise: bool = False,
         max_grad_norm: float | None = None,
@@ -190,16 +220,20 @@ class IGMOptimizer(torch.optim.Optimizer):
         atomic: bool = True,
         **base_kwargs: Any,
     ) -> None:
-        options = ProjectionOptions(
-            projector=_checks.choice("projector", projector, ("flat", "orthogonal")),
-            features=_checks.choice("features", features, ("mean", "samples", "centred")),
-            life=_checks.life(covariance, projector),
-            route=_checks.choice("route", route, ("auto", "eigh", "svd")),
-            alpha=_checks.positive("alpha", alpha),
-            batches=None if batches is None else _checks.positive_integer("batches", batches),
-            normalise=_checks.flag("normalise", normalise),
+        options = projection_options(
+            projector=projector,
+            control=control,
+            seed=seed,
+            features=features,
+            covariance=covariance,
+            route=route,
+            alpha=alpha,
+            batches=batches,
+            normalise=normalise,
+            pairing=pairing,
+            combine=combine,
+            augment_bias=augment_bias,
         )
-        _check_projector(options)
         settings: dict[str, Any] = {
             "refresh": _checks.refresh_rule(refresh),
             "project_update": _checks.choice("project", project, ("gradient", "update")) == "update",
@@ -225,27 +259,24 @@ class IGMOptimizer(torch.optim.Optimizer):
         for group in ready.param_groups:
             check_group(group)
         members = Modalities(modalities, ready.param_groups, known)
-        if scope is not None:
-            layers = scope_layers(members, _checks.share("scope", scope), model)
-        else:
-            layers = head_layers(members, heads, head, model)
+        structure = Structure(heads, head, None if scope is None else _checks.share("scope", scope), model, sources)
+        layers = layers_of(members, structure, members.names)
         members.index(ready.param_groups)
-        _check_held(members, layers)
-        roots = [module for mine in members.modules.values() for _, module in mine]
-        roots += [] if model is None else [model]
+        check_held(members, layers)
+        roots = members.roots(model)
         check_gradients(roots)
         names = members.names
-        indices = _igm_rs.source_lists(list(names), sources)
-        by_name = {name: [names[k] for k in listed] for name, listed in zip(names, indices, strict=True)}
         core = Core(
             base=ready,
             modalities=members,
             rho=PerModality("rho", rho, names),
             tau=PerModality("tau", tau, names),
-            projection=Projection(layers, by_name, options),
+            structure=structure,
+            projection=Projection(layers, sources_of(names, sources), options),
             tap=FeatureTap(
-                {id(layer): layer for mine in layers.values() for layer in mine}.values(),
+                dict.fromkeys(layer for mine in layers.values() for layer in mine),
                 "mean" if features == "mean" else "samples",
+                augment_bias,
             ),
             statistics=Statistics(roots),
             initial_lr=[lr_of(group) for group in ready.param_groups],
@@ -338,13 +369,25 @@ class IGMOptimizer(torch.optim.Optimizer):
         }
 
     @property
+    def projected_share(self) -> dict[str, float]:
+        """For each modality the share of the parameters that move in its turn whose gradient a T can act on."""
+        projection = self._core.projection
+        paired = {
+            name: [mine for pairs in of_source for mine, _ in pairs] for name, of_source in projection.pairs.items()
+        }
+        return projected_share(self._core.modalities, paired, augment=projection.options.augment_bias)
+
+    @property
     def projectors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """T by modality and layer, (d, d) each, at least float32; a layer without T yet (T = I) is absent."""
+        """T by modality and layer, (d, d) or (G, d, d), at least float32; a layer without T yet (T = I) is absent.
+
+        With ``augment_bias`` (d + 1, d + 1). T's that are kept in factored form are written out here.
+        """
         return self._core.projection.projectors()
 
     @property
     def covariances(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Ȳ by modality and layer, (d, d), float64 on the CPU, as gathered so far; absent before the first row."""
+        """Ȳ by modality and layer, (d, d) or (G, d, d), float64 on the CPU, as gathered so far; absent before the first row."""
         centred = self._core.projection.options.features == "centred"
         return {
             name: {
@@ -366,7 +409,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         Returns
         -------
         dict
-            Layer name to float64 array of shape (d,); one such dict for each modality when none is named. Layers
+            Layer name to float64 array of shape (d,), or (G, d) of a layer of G groups; one such dict for each modality when none is named. Layers
             that have seen no features are absent.
 
         Raises
@@ -652,6 +695,51 @@ class IGMOptimizer(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------------------------
     # State
 
+    def add_modality(
+        self,
+        name: str,
+        members: Any,
+        *,
+        head: Any | None = None,
+        sources: str | Sequence[str] | None = None,
+        rho: float | None = None,
+        tau: float | None = None,
+        **group_options: Any,
+    ) -> None:
+        """Take in a modality that comes later, last in the order of training; the others keep their Ȳ and T.
+
+        What it shares with them is protected by their T's: with a strong projector (``projector="ridge"``, or a large
+        `tau`), ``features="samples"``, ``augment_bias=True`` and ``sources="earlier"`` their predictions stay.
+
+        Parameters
+        ----------
+        name : str
+            A new name.
+        members : module, parameter, name prefix, or a list of these
+            What belongs to it, as in `modalities`; parameters that the optimizer does not hold form a group of their own.
+        head : module, module name, or a list of these, optional
+            Its head, as in `heads`; not for optimizers with a shared `head` or a `scope`, which count for it, too.
+        sources : str or list of str, optional
+            Whose T acts on it; an empty list is "not projected". None: by the rule that the optimizer was given.
+        rho, tau : float, optional
+            As of the optimizer; those of the last modality by default.
+        **group_options
+            Of the new group, such as ``lr=0.01``; the base optimizer's defaults otherwise.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for the optimizer itself; nothing has changed then.
+        RuntimeError
+            Inside a turn or a collecting block, or between ``first_step`` and ``second_step``.
+        """
+        core = self._core
+        core.check_shared()
+        core.refuse_perturbed("add_modality")
+        if core.turn is not None or core.tap.sink is not None:
+            raise RuntimeError("add_modality inside turn() or collect(): leave it first")
+        add_modality(core, name, members, head, sources, rho, tau, group_options)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in any PyTorch optimizer; parameters that no modality lists are shared by all.
 
@@ -758,26 +846,3 @@ def _check_callable(argument: str, closure: Any) -> None:
 def _check_scaler(scaler: Any) -> None:
     if scaler is not None and not isinstance(scaler, GradScaler):
         raise TypeError(f"scaler is {scaler!r} ({type(scaler).__name__}), expected a torch.amp.GradScaler")
-
-
-def _check_held(modalities: Modalities, layers: Mapping[str, list[Layer]]) -> None:
-    for name, mine in layers.items():
-        for layer in mine:
-            if modalities.group_of(layer.weight, name) is None:
-                raise ValueError(
-                    f"the weight of projected layer {layer} of {name!r} is not held by the base optimizer, or "
-                    "belongs to another modality alone; expected it in param_groups and in that modality or in none"
-                )
-
-
-def _check_projector(options: ProjectionOptions) -> None:
-    """Raise ValueError for an option that the chosen projector has no use for."""
-    if options.projector == "flat":
-        unused = {"alpha": options.alpha != 0.1, "batches": options.batches is not None, "normalise": options.normalise}
-    else:
-        unused = {"route": options.route != "auto", "features": options.features == "centred"}
-    for name, given in unused.items():
-        if given:
-            raise ValueError(
-                f"{name} is {getattr(options, name)!r} with projector={options.projector!r}, which has no use for it"
-            )

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ._projection import Made
+
 __all__ = ["StepStats", "effective_perturbation", "effective_rank", "step_stats"]
 
 
@@ -42,7 +44,12 @@ class StepStats(Mapping[str, Any]):
         For each projected layer ``norm_before``, ``norm_after`` and ``cosine`` of G and G T.
     ``lambda_max``, ``lambda_min``, ``effective_rank``
         By layer (of several sources: ``"source: layer"``), of the spectrum behind the T that acted; the rank is exp of
-        the entropy of λ/Σλ.
+        the entropy of λ/Σλ (None where a polynomial has made T: :meth:`igm_rs.IGMOptimizer.spectrum` computes λ).
+    ``top_share``
+        By layer, λ_max/Σλ.
+    ``routes``
+        By layer how T was made: ``route``, ``flops`` (floating-point operations, estimated), ``error_bound`` (how far the
+        entries of T can be from the exact ones, with rounding counted as random). None in a T of an older checkpoint.
     """
 
     def __init__(self, entries: Mapping[str, Callable[[], Any]]) -> None:
@@ -67,10 +74,10 @@ class StepStats(Mapping[str, Any]):
 def step_stats(
     constants: Mapping[str, Any],
     figures: dict[str, Any],
-    spectra: Mapping[str, torch.Tensor],
+    acted: Mapping[str, Made],
     pending: Sequence[torch.Tensor] = (),
 ) -> StepStats:
-    """Return the stats of a step from what is known at once, what the step has noted, and the spectra behind its T's.
+    """Return the stats of a step from what is known at once, what the step has noted, and the T's that acted.
 
     `figures` is read when an entry is looked at; losses in it are detached from their graph now. `pending` counts, on a
     device, steps that `constants` take for taken and were not.
@@ -108,9 +115,20 @@ def step_stats(
     if pending:
         entries["skipped_steps"] = lambda: constants["skipped_steps"] + unusable()
         entries["step"] = lambda: constants["step"] - unusable()
+    spectra = {name: one.singular_values for name, one in acted.items() if one.singular_values is not None}
+    reports = {name: one.report for name, one in acted.items()}
     entries["lambda_max"] = lambda: {name: float(values.max()) for name, values in spectra.items()}
     entries["lambda_min"] = lambda: {name: float(values.min()) for name, values in spectra.items()}
-    entries["effective_rank"] = lambda: {name: effective_rank(values) for name, values in spectra.items()}
+    entries["effective_rank"] = lambda: {
+        name: None if "polynomial" in reports[name].get("route", "") else effective_rank(values)
+        for name, values in spectra.items()
+    }
+    entries["top_share"] = lambda: {
+        name: _ratio(float(values.max()), reports[name].get("trace") or 0.0) for name, values in spectra.items()
+    }
+    entries["routes"] = lambda: {
+        name: {key: report.get(key) for key in ("route", "flops", "error_bound")} for name, report in reports.items()
+    }
     return StepStats(entries)
 
 
@@ -137,7 +155,7 @@ def effective_perturbation(figures: Mapping[str, Any]) -> tuple[float | None, fl
 
 def effective_rank(singular_values: torch.Tensor) -> float:
     """Return exp(H(λ/Σλ)), between 1 and d; 0 for a spectrum of zeros."""
-    values = [value for value in singular_values.tolist() if value > 0]
+    values = [value for value in singular_values.flatten().tolist() if value > 0]
     total = sum(values)
     return math.exp(-sum(value / total * math.log(value / total) for value in values)) if total > 0 else 0.0
 

@@ -420,7 +420,7 @@ type AdamSpanIn = (usize, f64, f64, f64, f64, f64, bool, bool, bool);
 /// The step of Adam, and a True in `done` before Python runs again.
 fn adam_and_note(
     (params, before, gradients): (&[&Tensor], &[&Tensor], &[&Tensor]),
-    (averages, squares, largest, steps): (&[&Tensor], &[&Tensor], &[Option<&Tensor>], &[&Tensor]),
+    state: adam::State<'_, '_>,
     spans: Vec<AdamSpanIn>,
     done: Option<&Bound<'_, PyList>>,
 ) -> PyResult<()> {
@@ -443,11 +443,7 @@ fn adam_and_note(
             },
         )
         .collect();
-    adam::adam_step_(
-        (params, before, gradients),
-        (averages, squares, largest, steps),
-        &spans,
-    )?;
+    adam::adam_step_((params, before, gradients), state, &spans)?;
     done.map_or(Ok(()), |done| done.append(true))
 }
 

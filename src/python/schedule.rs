@@ -70,13 +70,14 @@ fn parse_sources(sources: &Bound<'_, PyAny>) -> PyResult<Sources> {
         Error::value(
             "sources",
             what,
-            "\"previous\", \"others\", or a mapping from each modality to None, a name, or a list of names",
+            "\"previous\", \"others\", \"earlier\", or a mapping from each modality to None, a name, or a list of names",
         )
     };
     if let Ok(word) = sources.downcast::<PyString>() {
         return match word.to_cow()?.as_ref() {
             "previous" => Ok(Sources::Previous),
             "others" => Ok(Sources::Others),
+            "earlier" => Ok(Sources::Earlier),
             other => Err(wrong(format!("{other:?}")).into()),
         };
     }
@@ -106,8 +107,9 @@ fn parse_sources(sources: &Bound<'_, PyAny>) -> PyResult<Sources> {
 /// ----------
 /// names : list of str
 ///     The modalities in the order of training, all different.
-/// sources : {"previous", "others"} or mapping
-///     "previous": the one trained just before. "others": all others in the order of training, the previous one last. A mapping has an
+/// sources : {"previous", "others", "earlier"} or mapping
+///     "previous": the one trained just before. "others": all others in the order of training, the previous one last. "earlier": those
+///     before it. A mapping has an
 ///     entry for every modality: None or an empty list (not projected), a name, or a list of names. With one modality both words give
 ///     the modality itself.
 ///
