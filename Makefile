@@ -5,6 +5,7 @@ SEEDS ?= 3
 OUT ?= results/seeds-$(SEEDS)
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
 # The same torch path for every cargo command: torch-sys is compiled once, not once for lint and once for the install.
@@ -12,7 +13,7 @@ BUILD_ENV := $(BIN)/python build_backend/igm_build.py
 BUILD_FILES := pyproject.toml build_backend/igm_build.py
 SOURCES := $(BUILD_FILES) Cargo.toml Cargo.lock build.rs .cargo/config.toml $(wildcard src/*)
 
-.PHONY: install demo test test-long contract test-install lint bench wheel clean
+.PHONY: install demo test test-long contract test-install lint bench bench-cuda wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -48,12 +49,16 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy build_backend
+	$(BIN)/mypy benchmarks
 	$(BIN)/stubtest --mypy-config-file pyproject.toml igm_rs._igm_rs
 	cargo fmt --check
 	$(BUILD_ENV) cargo clippy --release --all-targets -- -D warnings
 
 bench: install
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
+
+bench-cuda: install
+	$(BIN)/python -m benchmarks.run --device cuda $(BENCH_FLAGS)
 
 wheel: $(VENV)/.build-tools
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
