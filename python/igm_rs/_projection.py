@@ -241,7 +241,7 @@ class Projection:
         if summing:
             for active, listed in self.sources.items():
                 if modality in listed:
-                    self._sum_up(active, tau)
+                    self.sum_up(active, tau)
         self._ready.clear()
 
     def _attempt(self, modality: str, layer: Layer, make: Callable[..., Made], *arguments: Any) -> Made | None:
@@ -253,7 +253,7 @@ class Projection:
             warn(f"the projector of {modality!r}, layer {layer.name!r}, was left as it was: {error}", RuntimeWarning)
             return None
 
-    def _sum_up(self, active: str, tau: Callable[[Layer, str], float]) -> None:
+    def sum_up(self, active: str, tau: Callable[[Layer, str], float]) -> None:
         """Make one T for each layer of `active` from the sum of its sources' Ȳ."""
         for layer in self.layers[active]:
             total: Covariance | None = None
