@@ -72,7 +72,7 @@ def test_every_kernel_of_a_step_with_closure(base, switches, place):
     assert ("project_" in names) == (switches["tau"] > 0)
     assert {"batch_rows", "append_rows_"} <= set(names)
     if switches["tau"] > 0 and place == "later":
-        assert "flat_projector_from_rows" in names
+        assert "make_projector_from_rows" in names
 
 
 @every_form
@@ -81,7 +81,7 @@ def test_every_kernel_of_a_step_with_closure(base, switches, place):
 def test_every_kernel_of_every_form(form, base, project):
     names = fail_at_every_call(Case(base, form, project=project, refresh=1))
     assert ("perturb_" in names or "at_perturbed" in names) == (form != "none")
-    assert "flat_projector_from_rows" in names
+    assert "make_projector_from_rows" in names
     assert {"gradient": "project_", "update": "project_update_"}[project] in names
 
 
@@ -97,14 +97,22 @@ SETTINGS = {
     "Ȳ decayed": ({"place": "first", "covariance": 0.5}, "decay_"),
     "Ȳ kept as a matrix": ({"features": "samples", "size": 300, "refresh": 2}, "accumulate_"),
     "Ȳ centred": ({"features": "centred", "refresh": 1}, "centre_"),
-    "all others": ({"names": (*TWO, "text"), "sources": "others", "refresh": 1, "place": "first"}, "multiply"),
+    "all others": ({"names": (*TWO, "text"), "sources": "others", "refresh": 1, "place": "first"}, "project_"),
+    "the sum of all others": (
+        {"names": (*TWO, "text"), "sources": "others", "combine": "sum", "refresh": 1, "place": "first"},
+        "make_projector_from_rows",
+    ),
+    "T and bias": ({"augment_bias": True, "refresh": 1}, "make_projector_from_rows"),
+    "T of a matrix": ({"features": "samples", "size": 300, "route": "polynomial", "refresh": 2}, "make_projector"),
+    "ridge": ({"projector": "ridge", "refresh": 1}, "make_projector_from_rows"),
+    "null space": ({"projector": "null_space", "control": "random", "refresh": 1}, "make_projector_from_rows"),
     "orthogonal": ({"projector": "orthogonal", "refresh": 1}, "orthogonal_projector_"),
-    "outside turns": ({"place": "outside"}, "flat_projector_from_rows"),
-    "outside turns, refreshed": ({"place": "outside", "refresh": 1}, "flat_projector_from_rows"),
+    "outside turns": ({"place": "outside"}, "make_projector_from_rows"),
+    "outside turns, refreshed": ({"place": "outside", "refresh": 1}, "make_projector_from_rows"),
     "outside turns, orthogonal": ({"place": "outside", "projector": "orthogonal"}, "orthogonal_projector_"),
     "after a turn that was left": ({"place": "outside", "left": True, "covariance": "kept"}, "append_rows_"),
     "momentum anew": ({"place": "first", "reset": ("momentum", "lr")}, "at_perturbed"),
-    "the first step of all": ({"place": "first", "trained": False, "refresh": 1}, "flat_projector_from_rows"),
+    "the first step of all": ({"place": "first", "trained": False, "refresh": 1}, "make_projector_from_rows"),
     "same random numbers": ({"preserve_rng": True}, "at_perturbed"),
 }
 
@@ -738,7 +746,7 @@ def test_a_warning_that_is_an_error(monkeypatch, what, base):
         scene = prepared()
         with monkeypatch.context() as patch, warnings.catch_warnings():
             if what != "rho is nothing":
-                patch.setattr(igm_rs._igm_rs, "flat_projector_from_rows", failing)
+                patch.setattr(igm_rs._igm_rs, "make_projector_from_rows", failing)
             warnings.filterwarnings(action, f".*{message}")
             states.append(scene.state())
             with scene.turn():

@@ -336,22 +336,23 @@ def test_a_decomposition_that_fails_leaves_the_projector_counts_and_warns(monkey
     def failing(*_args, **_kwargs):
         raise ArithmeticError("did not converge")
 
-    monkeypatch.setattr(igm_rs._igm_rs, "flat_projector_from_rows", failing)
+    monkeypatch.setattr(igm_rs._igm_rs, "make_projector_from_rows", failing)
     with pytest.warns(RuntimeWarning, match="was left as it was: did not converge"), opt.turn("audio"):
         step(model, opt, "audio", 1)
-    assert opt.projectors["audio"]["audio.0"] is made
+    assert torch.equal(opt.projectors["audio"]["audio.0"], made)
     assert opt.state_dict()["igm"]["projection"]["failures"] == 2
 
 
 @pytest.mark.parametrize(
     "work",
     [
-        lambda c: igm_rs._igm_rs.flat_projector(c, 3.0),
-        lambda c: igm_rs._igm_rs.flat_projector(c, 3.0, route="svd"),
-        lambda c: igm_rs._igm_rs.flat_projector_from_rows(c[:-1], 3.0),
+        lambda c: igm_rs._igm_rs.make_projector(c, "flat", 3.0, route="eigh"),
+        lambda c: igm_rs._igm_rs.make_projector(c, "flat", 3.0, route="svd"),
+        lambda c: igm_rs._igm_rs.make_projector(c, "flat", 3.0, route="polynomial"),
+        lambda c: igm_rs._igm_rs.make_projector_from_rows(c[:-1], "flat", 3.0),
         igm_rs._igm_rs.singular_values,
     ],
-    ids=["eigh", "svd", "rows", "singular values"],
+    ids=["eigh", "svd", "polynomial", "rows", "singular values"],
 )
 def test_other_threads_run_while_a_spectrum_is_computed(work):
     """With the GIL held, another Python thread would stand still from the beginning of the call to its end."""

@@ -80,7 +80,7 @@ def test_stats_read_like_a_mapping_and_print():
     assert set(stats) == {
         "active", "sources", "turn", "round", "step", "skipped", "skipped_steps", "loss", "loss_perturbed", "sharpness",
         "grad_norm", "grad_norm_perturbed", "grad_norm_projected", "effective_perturbation", "moved", "projected",
-        "lambda_max", "lambda_min", "effective_rank", "second_pass",
+        "lambda_max", "lambda_min", "effective_rank", "top_share", "routes", "second_pass",
     }  # fmt: skip
     assert len(stats) == len(dict(stats))
     assert "'active': 'video'" in repr(stats)

@@ -114,10 +114,10 @@ class Projection:
         everyone = self.layers | dict(layers)
         pairs = {name: pair_all(name, sources[name], everyone, self.options.pairing) for name in everyone}
         for of_source in pairs.values():
-            for mine, theirs in (pair for listed in of_source for pair in listed):
-                if self.width(mine) != self.width(theirs):
+            for layer, other in (pair for listed in of_source for pair in listed):
+                if self.width(layer) != self.width(other):
                     raise ValueError(
-                        f"layer {mine} is paired with {theirs} and only one of them has a bias that is trained, "
+                        f"layer {layer} is paired with {other} and only one of them has a bias that is trained, "
                         "expected both or none with augment_bias=True, or pairing= as a mapping"
                     )
         for layer in (layer for mine in layers.values() for layer in mine):
@@ -285,7 +285,7 @@ class Projection:
             one = self.summed[active].get(layer.name)
             return {} if one is None else {(None, layer.name): one}
         partners = self._partners(active, layer)
-        found = {
+        found: dict[tuple[str | None, str], Made] = {
             (source, theirs.name): self.made[source][theirs.name]
             for source, theirs in partners
             if theirs.name in self.made[source]

@@ -10,12 +10,12 @@ import torch
 from ._checks import is_number
 from ._covariance import Covariance
 from ._layers import Layer
-from ._projection import Made, Projection, Recursion
+from ._projection import Made, Projection, ProjectionOptions, Recursion
 
 __all__ = ["check", "load", "state"]
 
 _OPTIONS = ("projector", "features", "control", "combine", "augment_bias")
-"""What a state must agree with; states of version 2 and older have the first two."""
+"""What a state must agree with; states of version 2 and older have the first two, and were made with no other."""
 
 _SINCE_3 = frozenset({"control", "combine", "augment_bias", "gathered", "summed"})
 
@@ -47,9 +47,10 @@ def check(projection: Projection, saved: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(f"the state dict's projection has no {missing[0]!r}, expected what state_dict() returned")
     for option in _OPTIONS:
-        if option in saved and saved[option] != getattr(projection.options, option):
+        found = saved.get(option, getattr(ProjectionOptions, option))
+        if found != getattr(projection.options, option):
             raise ValueError(
-                f"the state dict is of {option}={saved[option]!r}, expected {getattr(projection.options, option)!r}"
+                f"the state dict is of {option}={found!r}, expected {getattr(projection.options, option)!r}"
             )
     mine = {name: {layer.name: layer for layer in layers} for name, layers in projection.layers.items()}
     covariances = saved["covariances"]
@@ -67,12 +68,12 @@ def check(projection: Projection, saved: Mapping[str, Any]) -> None:
             for part in halves.values():
                 _check_covariance(where, part, shape)
         for key in ("projectors", *(() if old else ("summed", "gathered"))):
-            found = saved[key].get(name) if isinstance(saved[key], Mapping) else None
-            if not isinstance(found, Mapping) or not set(found) <= set(layers):
+            mine_of_it = saved[key].get(name) if isinstance(saved[key], Mapping) else None
+            if not isinstance(mine_of_it, Mapping) or not set(mine_of_it) <= set(layers):
                 raise ValueError(
-                    f"the state dict's {key} of {name!r} are {_shown(found)}, expected some of {sorted(layers)}"
+                    f"the state dict's {key} of {name!r} are {_shown(mine_of_it)}, expected some of {sorted(layers)}"
                 )
-            for label, one in found.items():
+            for label, one in mine_of_it.items():
                 where = f"layer {label!r} of {name!r}"
                 (_check_covariance if key == "gathered" else _check_made)(where, one, shapes[label])
     widths = {layer.name: projection.width(layer) for layers in projection.layers.values() for layer in layers}
