@@ -261,7 +261,7 @@ class Projection:
                 one = self.gathered[source].get(theirs.name)
                 if one is not None:
                     total = self.covariances[source][theirs.name].empty() if total is None else total
-                    total.merge(one)
+                    total.merge(one.around_its_mean() if self.options.features == "centred" else one)
             strength = tau(layer, active)
             if total is None or strength == 0:
                 self.summed[active].pop(layer.name, None)
