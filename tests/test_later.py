@@ -1,6 +1,7 @@
 """The experiment with a modality that comes later: what is forgotten with the projector, without, with its controls."""
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -127,6 +128,17 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         later.main(["--seeds", "0"])
     assert "'0' is not a positive integer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "torchmetrics", "tqdm"])
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch, package):
+    for name in [
+        name for name in sys.modules if name.startswith("igm_rs.experiments") or name.split(".")[0] == package
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=rf"error: the experiments need {package}: pip install"):
+        importlib.import_module("igm_rs.experiments.later")
 
 
 def test_it_runs_as_a_module_without_a_warning(tmp_path):

@@ -19,23 +19,24 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import igm_rs
 
-from .__main__ import _cores, _count, _versions
+from .__main__ import _cores, _count, _versions  # which says what to install where a package is missing
 from .data import DataSet, load
 from .evaluation import accuracy
 from .figures import BLUE, EDGE, GREY, ORANGE
 from .running import FIRST_SEED, TUNING_SEEDS
 from .tables import half_width, markdown
 from .training import batch_stream
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["METHODS", "Later", "Method", "Outcome", "Setting", "main", "run"]
 
@@ -221,6 +222,8 @@ def _run(setting: Setting, folder: Path) -> Outcome:
 
 def _run_all(settings: Sequence[Setting], folder: Path, workers: int, what: str) -> list[Outcome]:
     """Do all runs, side by side, with one bar; the outcomes are in the order of `settings`."""
+    from tqdm import tqdm
+
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(min(workers, len(settings)), context) as pool,
@@ -334,6 +337,8 @@ def _cell(values: Sequence[float]) -> str:
 
 def figure(found: Mapping[str, Any]) -> Figure:
     """Draw the forgetting of the first view, and the mean accuracy of all, by method: seeds, and their means."""
+    from matplotlib.figure import Figure
+
     drawn = Figure(figsize=(10.4, 4.2), layout="constrained")
     left, right = drawn.subplots(1, 2, sharey=True)
     rows = found["rows"]
