@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SEEDS ?= 3
 OUT ?= results/seeds-$(SEEDS)
+LATER_SEEDS ?= 10
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
@@ -13,7 +14,7 @@ BUILD_ENV := $(BIN)/python build_backend/igm_build.py
 BUILD_FILES := pyproject.toml build_backend/igm_build.py
 SOURCES := $(BUILD_FILES) Cargo.toml Cargo.lock build.rs .cargo/config.toml $(wildcard src/*)
 
-.PHONY: install demo test test-long contract test-install lint bench bench-cuda wheel clean
+.PHONY: install demo later test test-long contract test-install lint bench bench-cuda wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -30,6 +31,9 @@ $(VENV)/.installed: $(VENV)/.build-tools $(SOURCES)
 
 demo: install
 	$(BIN)/python -m igm_rs.experiments --data data --out $(OUT) --seeds $(SEEDS) $(DEMO_FLAGS)
+
+later: install
+	$(BIN)/python -m igm_rs.experiments.later --data data --out results/later --seeds $(LATER_SEEDS)
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -52,7 +52,7 @@ fn act(gradient: &Tensor, factor: &Factor, kind: Kind) -> Result<Tensor> {
 }
 
 /// Width and groups of what a factor acts on (0 groups: one matrix, whatever its groups are), and its dtype.
-fn describe_factor(name: &str, factor: &Factor) -> Result<(Info, i64)> {
+pub fn describe_factor(name: &str, factor: &Factor) -> Result<(Info, i64)> {
     let wrong = |info: &Info| {
         Error::value(
             name,

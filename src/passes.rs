@@ -129,6 +129,43 @@ pub fn survey(matrix: &Tensor, info: &Info) -> Result<Survey> {
     }))
 }
 
+/// x_ij ← x_ji for i < j: the upper half of a row-major matrix of ours becomes the mirror image of the lower.
+pub fn mirror_(matrix: &Tensor) -> Result<()> {
+    let info = aten::describe_one(matrix)?;
+    if info.contiguous == 0 || !info.is_cpu() {
+        let mirrored = matrix.f_tril(-1)?.f_tr()?;
+        let lower = matrix.f_tril(0)?;
+        matrix.shallow_clone().f_copy_(&lower.f_add(&mirrored)?)?;
+        return Ok(());
+    }
+    let d = usize::try_from(info.last).unwrap_or(0);
+    let side = d.div_ceil(TILE);
+    let address = aten::writable(&[Some(matrix)])?.into_iter().sum::<usize>();
+    let at = |row: usize, column: usize, len: usize| Span {
+        tensor: 0,
+        start: row * d + column,
+        len,
+    };
+    aten::for_pieces(side * side, |(): &mut (), index| {
+        let (row, column) = (index / side * TILE, index % side * TILE);
+        for i in row..(row + TILE).min(d) {
+            for j in column.max(i + 1)..(column + TILE).min(d) {
+                // SAFETY: of the elements i < j each belongs to one piece alone, and none of the elements i > j is written.
+                unsafe {
+                    if is_double(&info) {
+                        aten::slice_mut::<f64>(address, at(i, j, 1))[0] =
+                            aten::slice::<f64>(address, at(j, i, 1))[0];
+                    } else {
+                        aten::slice_mut::<f32>(address, at(i, j, 1))[0] =
+                            aten::slice::<f32>(address, at(j, i, 1))[0];
+                    }
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
 /// The rows of a matrix that a run of its elements touches: (row, first column, elements before it in the run, number).
 fn rows_of(span: Span, d: usize) -> impl Iterator<Item = (usize, usize, usize, usize)> {
     let mut done = 0;

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use crate::aten::{self, Info};
 use crate::error::{Error, Result};
 use crate::filters::{Filter, Scope, Taken};
-use crate::passes::{survey, without_direction, Survey};
+use crate::passes::{mirror_, survey, without_direction, Survey};
 use crate::polynomial::{symmetric_product, Polynomial};
 use crate::spectrum::{
     check_finite, check_full_precision, check_square, check_symmetric, eigh, epsilon, extremes,
@@ -137,17 +137,20 @@ const FLOOR: f64 = 16.0 * f64::EPSILON;
 
 /// The rounding of T itself, when it is put together, and of eigenvectors that are orthogonal up to √d·ε in float64.
 fn rounding(d: i64, wanted: Kind) -> f64 {
-    let growth = real(d).sqrt() * if wanted == Kind::Double { 1.0 } else { 0.0625 };
+    let growth = real(d).sqrt() * if wanted == Kind::Double { 1.0 } else { 0.25 };
     epsilon(wanted) * (2.0 + growth)
 }
 
 /// Steps that Lanczos's method may take for the dominant direction.
 const MOST_STEPS: i64 = 40;
 
+/// A spread below this part of λ_max is narrow.
+const NARROW: f64 = 1e-3;
+
 /// Steps for the norm of what is left.
 const NORM_STEPS: i64 = 12;
 
-/// A symmetric matrix as θ v vᵀ + R.
+/// A symmetric matrix as (θ − λ_min) v vᵀ + R.
 struct Deflated {
     /// θ and v; `None`: nothing is taken out.
     top: Option<Greatest>,
@@ -163,49 +166,62 @@ struct Deflated {
     flops: f64,
 }
 
-/// Takes the dominant direction out of a positive semi-definite matrix, float64 if it can be; `None` if it is not found to `accuracy` · θ.
-fn deflate(
+/// The dominant direction of a positive semi-definite float64 matrix; `None` if it is not found to `accuracy` · θ/τ.
+fn dominant(
     wide: &Tensor,
-    (d, wanted, info): (i64, Kind, &Info),
-    strength: f64,
+    d: i64,
+    info: &Info,
+    tau: f64,
     accuracy: f64,
-) -> Result<Option<Deflated>> {
-    let size = real(d) * real(d);
+) -> Result<Option<Greatest>> {
     let apply = |v: &Tensor| Ok(wide.f_mv(v)?);
+    let enough = |value: f64, residual: f64| tau * residual <= accuracy * value;
     let top = lanczos(
         (d, Kind::Double, info),
         MOST_STEPS,
         apply,
-        |value, residual, _| strength * residual <= accuracy * value,
+        |value, residual, _| enough(value, residual),
     )?;
-    if strength * top.residual > accuracy * top.value {
-        return Ok(None);
+    Ok(enough(top.value, top.residual).then_some(top))
+}
+
+impl Deflated {
+    /// Gives the dominant direction the eigenvalue λ_min: `R = Y − (θ − λ_min) v vᵀ`, in float32 where its rounding does not show in T.
+    fn of(
+        wide: &Tensor,
+        top: Greatest,
+        low: f64,
+        (d, wanted, info): (i64, Kind, &Info),
+        tau: f64,
+    ) -> Result<Self> {
+        let spread = top.value - low;
+        let along = top.vector.f_mul_scalar(spread.sqrt())?;
+        let (mut rest, norm) = without_direction(wide, &along, top.value, (d, Kind::Float, info))?;
+        let apply = |v: &Tensor| Ok(rest.f_mv(v)?);
+        let second = lanczos(
+            (d, Kind::Float, info),
+            NORM_STEPS,
+            apply,
+            |value, residual, _| residual <= 0.02 * value,
+        )?;
+        // Ritz values come from below; what they miss is far less than this margin, and the polynomial does not break off outside
+        let low = low / top.value;
+        let bound = norm.min(1.05 * second.value + second.residual).max(low);
+        let mut kind = Kind::Float;
+        if wanted == Kind::Double || tau * bound * top.value > SMALL_EXPONENT * spread {
+            kind = Kind::Double;
+            rest = without_direction(wide, &along, top.value, (d, kind, info))?.0;
+        }
+        let flops = 2.0 * real(d) * real(d) * real(top.steps + second.steps + 2);
+        Ok(Self {
+            unit: top.value,
+            top: Some(top),
+            rest,
+            kind,
+            bounds: (low, bound),
+            flops,
+        })
     }
-    let along = top.vector.f_mul_scalar(top.value.sqrt())?;
-    let (mut rest, norm) = without_direction(wide, &along, top.value, (d, Kind::Float, info))?;
-    let apply = |v: &Tensor| Ok(rest.f_mv(v)?);
-    let second = lanczos(
-        (d, Kind::Float, info),
-        NORM_STEPS,
-        apply,
-        |value, residual, _| residual <= 0.02 * value,
-    )?;
-    // Ritz values come from below; what they miss is far less than this margin, and the polynomial does not break off outside
-    let bound = norm.min(1.05 * second.value + second.residual).max(0.0);
-    let mut kind = Kind::Float;
-    if wanted == Kind::Double || strength * bound > SMALL_EXPONENT {
-        kind = Kind::Double;
-        rest = without_direction(wide, &along, top.value, (d, kind, info))?.0;
-    }
-    let flops = 2.0 * size * real(top.steps + second.steps + 2);
-    Ok(Some(Deflated {
-        unit: top.value,
-        top: Some(top),
-        rest,
-        kind,
-        bounds: (0.0, bound),
-        flops,
-    }))
 }
 
 /// A function of a matrix that is split, but for the direction that was taken out, and what it took.
@@ -219,7 +235,7 @@ struct Evaluated {
 }
 
 impl Deflated {
-    /// `A − amount · v vᵀ`, in place: what f makes of the direction that was taken out.
+    /// `A − amount · v vᵀ`, in place and exactly symmetric: what f makes of the direction that was taken out.
     fn settle(&self, mut value: Tensor, amount: f64) -> Result<Tensor> {
         if let Some(top) = &self.top {
             let along = top
@@ -228,6 +244,7 @@ impl Deflated {
                 .f_to_dtype(self.kind, false, false)?;
             let _in_place = value.f_addr_(&along, &along.f_neg()?)?;
         }
+        mirror_(&value)?;
         Ok(value)
     }
 
@@ -257,10 +274,7 @@ impl Deflated {
         for _ in 0..halvings {
             value = symmetric_product(&value, &value, d, self.kind, info)?;
         }
-        let gone = self
-            .top
-            .as_ref()
-            .map_or(0.0, |_| f(0.0, rate) - f(1.0, rate));
+        let gone = self.top.as_ref().map_or(0.0, |_| 1.0 - f(1.0, rate)); // f(λ_min) = 1
         Ok(Evaluated {
             value: self.settle(value, gone)?,
             error: polynomial.error * 2.0_f64.powi(halvings),
@@ -415,7 +429,7 @@ impl Job<'_> {
                 }
             }
         };
-        Ok(slope * epsilon(kind) * (2.0 + 0.5 * real(self.d).sqrt()))
+        Ok(slope * epsilon(kind) * (4.0 + real(self.d).sqrt()))
     }
 
     /// T from λ, ascending, and the eigenvectors (Eq. (4)): `I − V(I − Σ)Vᵀ`, from the directions only in which it differs from I by more
@@ -462,30 +476,25 @@ impl Job<'_> {
         let accuracy = tolerance(wanted);
         let wide = scaled.f_to_dtype(Kind::Double, false, false)?;
         let mut flops = real(d).powi(3) / 3.0;
-        let split = deflate(&wide, (d, wanted, info), tau, accuracy)?;
-        let known = match split {
-            Some(split) => {
-                let high = split.top.as_ref().map_or(0.0, |top| top.value);
-                let needed = accuracy * high / tau.max(1.0);
-                least(&wide, (d, wanted, info), needed)?.map(|low| (split, low, high))
+        let known = match dominant(&wide, d, info, tau, accuracy)? {
+            Some(top) => {
+                let needed = accuracy * top.value / tau.max(1.0);
+                // a narrow spectrum needs its ends more exactly than this
+                least(&wide, (d, wanted, info), needed)?
+                    .filter(|low| top.value - low >= NARROW * top.value)
+                    .map(|low| (top, low))
             }
             None => None,
         };
-        let worthwhile = known
-            .as_ref()
-            .map_or(tau <= SMALL_EXPONENT, |(split, _, high)| {
-                tau * split.bounds.1 * split.unit <= SMALL_EXPONENT * high
-            });
-        if !forced && !worthwhile {
-            return Ok(None);
-        }
-        let (route, split, low, high) = if let Some((split, low, high)) = known {
+        let (route, split, low, high) = if let Some((top, low)) = known {
+            let high = top.value;
+            let split = Deflated::of(&wide, top, low, (d, wanted, info), tau)?;
             flops += split.flops;
             ("polynomial, deflated", split, low, high)
-        } else {
+        } else if forced || tau <= SMALL_EXPONENT {
             let (low, high) = extremes(&wide, d, wanted)?;
             flops += 9.0 * real(d).powi(3);
-            let single = wanted == Kind::Float && tau <= SMALL_EXPONENT;
+            let single = wanted == Kind::Float && tau * high <= SMALL_EXPONENT * (high - low);
             let kind = if single { Kind::Float } else { Kind::Double };
             let split = Deflated {
                 top: None,
@@ -496,7 +505,12 @@ impl Job<'_> {
                 flops: 0.0,
             };
             ("polynomial", split, low, high)
+        } else {
+            return Ok(None);
         };
+        if !forced && split.kind != Kind::Float {
+            return Ok(None); // many products in float64: a decomposition is as good
+        }
         let spread = high - low;
         let values = Tensor::f_from_slice(&[high, low])?.f_to_dtype_layout(
             (self.kind, info.home()),
@@ -509,7 +523,7 @@ impl Job<'_> {
         }
         let rate = tau / spread;
         let exponent = rate * split.bounds.1 * split.unit;
-        let reach = exponent * epsilon(split.kind) * (2.0 + 0.5 * real(d).sqrt());
+        let reach = exponent * epsilon(split.kind) * (4.0 + real(d).sqrt());
         let found = split.exponential((d, info), rate, low, accuracy)?;
         flops += found.products * real(d).powi(3);
         let bound = found.error + reach + 2.0 * accuracy + rounding(d, wanted);
@@ -854,17 +868,11 @@ fn gram_by_polynomial(
     let forced = job.wish.route == Route::Polynomial;
     let accuracy = tolerance(job.wanted);
     let wide = gram.f_to_dtype(Kind::Double, false, false)?;
-    let split = deflate(&wide, (r, job.wanted, job.info), tau, accuracy)?;
-    let worthwhile = split
-        .as_ref()
-        .is_some_and(|split| tau * split.bounds.1 <= SMALL_EXPONENT);
-    if !forced && !worthwhile {
-        return Ok(None);
-    }
-    let (split, high) = if let Some(split) = split {
-        let high = split.top.as_ref().map_or(0.0, |top| top.value);
+    let (split, high) = if let Some(top) = dominant(&wide, r, job.info, tau, accuracy)? {
+        let high = top.value;
+        let split = Deflated::of(&wide, top, 0.0, (r, job.wanted, job.info), tau)?;
         (split, high)
-    } else {
+    } else if forced {
         let (low, high) = extremes(&wide, r, job.wanted)?;
         let split = Deflated {
             top: None,
@@ -875,14 +883,19 @@ fn gram_by_polynomial(
             flops: 0.0,
         };
         (split, high)
+    } else {
+        return Ok(None);
     };
+    if !forced && split.kind != Kind::Float {
+        return Ok(None);
+    }
     let found = split.per_eigenvalue((r, job.info), tau, high, accuracy)?;
     let core = found
         .value
         .f_div_scalar(high)?
         .f_to_dtype(job.wanted, false, false)?;
     let given = aten::describe_one(gram)?.kind().unwrap_or(Kind::Float);
-    let reach = tau * epsilon(given) * (2.0 + 0.5 * real(r).sqrt());
+    let reach = tau * epsilon(given) * (4.0 + real(r).sqrt());
     let bound = found.error + accuracy + reach + (1.0 + tau) * rounding(job.d, job.wanted);
     Ok(Some((core, high, bound, found.products)))
 }

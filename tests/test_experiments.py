@@ -266,6 +266,35 @@ def test_optimizers_are_what_the_table_says(mfeat, key, rho, tau, layers):
         assert {source: len(pairs) for source, pairs in optimizer.pairs["zer"].items()} == {"fou": layers}
 
 
+@pytest.mark.parametrize(("scope", "convolutions"), [(0.3, 0), (0.8, 1), (1.0, 3)])
+@pytest.mark.parametrize("key", ["igm-no-sam", "igm"])
+def test_a_scope_projects_from_the_output_backwards(watch, key, scope, convolutions, monkeypatch):
+    """The heads of these networks hold 71 % of the parameters."""
+    projected = {}
+    note = training._Witness.note
+
+    def noted(witness, optimizer):
+        projected.update(optimizer.last_stats["projected"])
+        note(witness, optimizer)
+
+    monkeypatch.setattr(training._Witness, "note", noted)
+    settings = dataclasses.replace(TINY, scope=scope)
+    trained = training.train(watch.without_test(), row(key, watch), settings, 0.03, seed=0)
+    model = trained.model
+    kinds = {
+        f"{name}.{part}{path and '.' + path}": type(module)
+        for name in watch.modalities
+        for part, root in enumerate((model.encoders[name], model.heads[name]))
+        for path, module in root.named_modules()
+    }
+    assert set(projected) <= set(kinds)
+    for name in watch.modalities:
+        of_it = [kinds[label] for label in projected if label.startswith(name)]
+        assert of_it.count(nn.Conv1d) == convolutions
+    assert scope - 0.03 <= trained.projected_share < 1
+    assert trained.cosine < 1
+
+
 @pytest.mark.parametrize("key", ["single", "joint"])
 def test_methods_that_need_nothing_else_use_plain_sgd(mfeat, key):
     line = row(key, mfeat)
@@ -714,6 +743,8 @@ def test_no_tuning_takes_the_default_and_the_last_round(tmp_path, capsys):
         (["--workers", "-1"], "argument --workers: '-1' is not a positive integer"),
         (["--datasets", "iris"], "argument --datasets: invalid choice: 'iris'"),
         (["--methods", "ogm"], "argument --methods: invalid choice: 'ogm'"),
+        (["--scope", "1.5"], "argument --scope: '1.5' is not a share from 0 to 1"),
+        (["--scope", "half"], "argument --scope: 'half' is not a share from 0 to 1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):
@@ -721,6 +752,24 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
         command.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scope", ["0.3", "1"])
+def test_a_run_with_a_scope_says_so(tmp_path, capsys, scope):
+    words = ["--data", str(SHIPPED), "--out", str(tmp_path), "--datasets", "watch", "--methods", "turns", "igm-no-sam"]
+    assert (
+        command.main([*words, "--seeds", "1", "--steps", "4", "--no-tuning", "--workers", "1", "--scope", scope]) == 0
+    )
+    said = capsys.readouterr().out
+    assert f"hold {float(scope):.0%} of its parameters, counted from the output" in said
+    assert f"of the parameters projected (--scope {scope})" in said
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["options"]["scope"] == float(scope)
+    rows = {line["key"]: line for line in results["datasets"][0]["rows"]}
+    assert rows["igm-no-sam"]["settings"]["scope"] == float(scope)
+    assert rows["igm-no-sam"]["runs"][0]["projected_share"] > float(scope) - 0.03
+    assert rows["turns"]["runs"][0]["projected_share"] is None
+    assert f"(--scope {scope})" in (tmp_path / "tables.md").read_text()
 
 
 def test_missing_data_are_said_in_one_line(tmp_path, capsys):

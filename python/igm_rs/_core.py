@@ -93,6 +93,8 @@ class Structure:
     scope: float | None
     model: nn.Module | None
     sources: str | Mapping[str, Any]
+    later: Mapping[str, list[str]] = field(default_factory=dict)
+    """The sources of modalities that came later with sources of their own."""
 
 
 @dataclass

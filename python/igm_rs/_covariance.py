@@ -134,6 +134,12 @@ class Covariance:
             result.matrix.masked_fill_(same[..., None, None], 0.0)
         return result.matrix
 
+    def around_its_mean(self) -> Covariance:
+        """Return Σ (z − μ)(z − μ)ᵀ as a Ȳ that has no mean: to be added to others, each around its own."""
+        result = Covariance(self.d, groups=self.groups)
+        result.matrix = self.value(centred=True)
+        return result
+
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a state dict."""
         return {

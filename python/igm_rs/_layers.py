@@ -14,7 +14,19 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._kinds import KINDS, Ear, Slot, original, passed_over, slots
 from ._modalities import Modalities
 
-__all__ = ["Layer", "Pairs", "Rule", "check_gradients", "check_held", "head_layers", "pair", "pair_all", "projected_share", "scope_layers"]
+__all__ = [
+    "Layer",
+    "Pairs",
+    "Rule",
+    "check_gradients",
+    "check_held",
+    "head_layers",
+    "modules_of",
+    "pair",
+    "pair_all",
+    "projected_share",
+    "scope_layers",
+]
 
 Pairs = list[tuple["Layer", "Layer"]]
 Rule = str | Mapping[str, Any]
@@ -202,10 +214,10 @@ def head_layers(
     """
     wanted = modalities.names if names is None else tuple(names)
     if head is not None:
-        modules = _modules("head", head, model)
+        modules = modules_of("head", head, model)
         finder = _Finder([*_roots(modalities), *modules], model, known)
         shared = _layers_of(finder, modules, "head")
-        return _checked(dict.fromkeys(wanted, shared))
+        return _checked(dict.fromkeys(wanted, shared), known)
     if heads is None:
         return {name: [] for name in wanted}
     if not isinstance(heads, (Mapping, nn.ModuleDict)):
@@ -217,11 +229,11 @@ def head_layers(
         if name not in heads:
             raise ValueError(f"heads has no entry for {name!r}, expected one for each of {list(wanted)}")
         argument = f"heads[{name!r}]"
-        given[name] = _modules(argument, heads[name], model)
+        given[name] = modules_of(argument, heads[name], model)
         for module in given[name]:
             modalities.include(name, module, argument)
     finder = _Finder(_roots(modalities), model, known)
-    return _checked({name: _layers_of(finder, modules, name) for name, modules in given.items()})
+    return _checked({name: _layers_of(finder, modules, name) for name, modules in given.items()}, known)
 
 
 def scope_layers(
@@ -266,7 +278,7 @@ def scope_layers(
                     layers[layer] = None
                     taken += layer.size(bias=True)
         result[name] = list(layers)[::-1]
-    return _checked(result)
+    return _checked(result, known)
 
 
 def projected_share(
@@ -472,7 +484,8 @@ def check_gradients(roots: Iterable[nn.Module]) -> None:
                 )
 
 
-def _modules(argument: str, value: Any, model: nn.Module | None) -> list[nn.Module]:
+def modules_of(argument: str, value: Any, model: nn.Module | None) -> list[nn.Module]:
+    """Return the modules that `value`, a module, a name in `model` or a list of these, stands for."""
     if isinstance(value, nn.Module):
         return [value]
     if isinstance(value, str):
@@ -482,7 +495,7 @@ def _modules(argument: str, value: Any, model: nn.Module | None) -> list[nn.Modu
             raise ValueError(f"{argument} is the name {value!r}, expected {needed}")
         return [found]
     if isinstance(value, Iterable) and not isinstance(value, torch.Tensor):
-        return [module for member in value for module in _modules(argument, member, model)]
+        return [module for member in value for module in modules_of(argument, member, model)]
     raise TypeError(f"{argument} is a {type(value).__name__}, expected a module, a module's name or a list of them")
 
 
@@ -520,9 +533,9 @@ def _layers_of(finder: _Finder, modules: list[nn.Module], label: str) -> list[La
     return list(dict.fromkeys(found))
 
 
-def _checked(layers: dict[str, list[Layer]]) -> dict[str, list[Layer]]:
-    """Return `layers`; ValueError where two of them have one name, by which states know them."""
-    named: dict[str, Layer] = {}
+def _checked(layers: dict[str, list[Layer]], known: Iterable[Layer]) -> dict[str, list[Layer]]:
+    """Return `layers`; ValueError where two of these and the `known` have one name, by which states know them."""
+    named = {layer.name: layer for layer in known}
     for mine in layers.values():
         for layer in mine:
             if named.setdefault(layer.name, layer) is not layer:

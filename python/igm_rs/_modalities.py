@@ -101,10 +101,10 @@ class Modalities:
         self._held = held
         self.index(groups)
 
-    def append(self, name: str, members: Any, groups: list[Group]) -> None:
+    def append(self, name: str, members: Any, groups: list[Group], known: Mapping[torch.Tensor, str]) -> None:
         """Take in a modality, last in the order of training; to be undone with :meth:`checkpoint` where it fails."""
         held = {parameter for group in groups for parameter in group["params"]}
-        self._held = held
+        self._held, self._known = held, known
         self._list(name, members, f"modalities[{name!r}]", held)
         if not self.listed[name]:
             raise ValueError(f"modalities[{name!r}] is empty, expected at least one trainable parameter")
@@ -113,12 +113,12 @@ class Modalities:
 
     def checkpoint(self) -> Callable[[], None]:
         """Return a function that puts the modalities back as they are now."""
-        names = self.names
+        names, known = self.names, self._known
         modules = {name: list(mine) for name, mine in self.modules.items()}
         listed = {name: dict(mine) for name, mine in self.listed.items()}
 
         def put_back() -> None:
-            self.names, self.modules, self.listed = names, modules, listed
+            self.names, self.modules, self.listed, self._known = names, modules, listed, known
 
         return put_back
 

@@ -241,7 +241,7 @@ class Projection:
         if summing:
             for active, listed in self.sources.items():
                 if modality in listed:
-                    self._sum_up(active, tau)
+                    self.sum_up(active, tau)
         self._ready.clear()
 
     def _attempt(self, modality: str, layer: Layer, make: Callable[..., Made], *arguments: Any) -> Made | None:
@@ -253,7 +253,7 @@ class Projection:
             warn(f"the projector of {modality!r}, layer {layer.name!r}, was left as it was: {error}", RuntimeWarning)
             return None
 
-    def _sum_up(self, active: str, tau: Callable[[Layer, str], float]) -> None:
+    def sum_up(self, active: str, tau: Callable[[Layer, str], float]) -> None:
         """Make one T for each layer of `active` from the sum of its sources' Ȳ."""
         for layer in self.layers[active]:
             total: Covariance | None = None
@@ -261,7 +261,7 @@ class Projection:
                 one = self.gathered[source].get(theirs.name)
                 if one is not None:
                     total = self.covariances[source][theirs.name].empty() if total is None else total
-                    total.merge(one)
+                    total.merge(one.around_its_mean() if self.options.features == "centred" else one)
             strength = tau(layer, active)
             if total is None or strength == 0:
                 self.summed[active].pop(layer.name, None)

@@ -14,11 +14,11 @@ from torch.amp.grad_scaler import GradScaler
 from . import _checkpoint, _checks, _igm_rs
 from ._base import base_optimizer, check_group
 from ._batchnorm import Statistics
-from ._core import Closure, Core, PerModality, Replay, Structure, lr_of
+from ._core import Closure, Core, PerModality, Replay, lr_of
 from ._course import Course
 from ._features import FeatureTap
 from ._head_pass import head_pass_of
-from ._growth import add_modality, layers_of, sources_of
+from ._growth import add_modality, layers_of, sources_of, structure_of
 from ._layers import check_gradients, check_held, projected_share
 from ._modalities import Modalities, check_parameters, parameter_names
 from ._options import projection_options
@@ -260,7 +260,7 @@ class IGMOptimizer(torch.optim.Optimizer):
         for group in ready.param_groups:
             check_group(group)
         members = Modalities(modalities, ready.param_groups, known)
-        structure = Structure(heads, head, None if scope is None else _checks.share("scope", scope), model, sources)
+        structure = structure_of(heads, head, None if scope is None else _checks.share("scope", scope), model, sources)
         layers = layers_of(members, structure, members.names)
         members.index(ready.param_groups)
         check_held(members, layers)
@@ -273,7 +273,7 @@ class IGMOptimizer(torch.optim.Optimizer):
             rho=PerModality("rho", rho, names),
             tau=PerModality("tau", tau, names),
             structure=structure,
-            projection=Projection(layers, sources_of(names, sources), options),
+            projection=Projection(layers, sources_of(names, structure), options),
             tap=FeatureTap(
                 dict.fromkeys(layer for mine in layers.values() for layer in mine),
                 "mean" if features == "mean" else "samples",
@@ -282,7 +282,11 @@ class IGMOptimizer(torch.optim.Optimizer):
             statistics=Statistics(roots),
             initial_lr=[lr_of(group) for group in ready.param_groups],
             counters=Counters(names),
-            head_pass=head_pass_of(members, heads, head, model, random=preserve_rng) if sam_scope == "head" else None,
+            head_pass=(
+                head_pass_of(members, structure.heads, structure.head, model, random=preserve_rng)
+                if sam_scope == "head"
+                else None
+            ),
             **settings,
         )
         self._set_up(core)
@@ -710,7 +714,9 @@ class IGMOptimizer(torch.optim.Optimizer):
         """Take in a modality that comes later, last in the order of training; the others keep their Ȳ and T.
 
         What it shares with them is protected by their T's: with a strong projector (``projector="ridge"``, or a large
-        `tau`), ``features="samples"``, ``augment_bias=True`` and ``sources="earlier"`` their predictions stay.
+        `tau`), ``features="samples"``, ``augment_bias=True`` and ``sources="earlier"`` their predictions stay. Momentum
+        left from their turns and weight decay are the base's and would still move them: ``reset="momentum"``, or
+        ``project="update"``.
 
         Parameters
         ----------

@@ -276,7 +276,10 @@ pub fn make_projector_from_rows<'py>(
 #[pyfunction]
 #[pyo3(signature = (factor))]
 pub fn dense_projector(py: Python<'_>, factor: FactorIn) -> PyResult<Out> {
-    let t = released(py, move || projector::dense(&factor.0))?;
+    let t = released(py, move || {
+        modify::describe_factor("factor", &factor.0)?;
+        projector::dense(&factor.0)
+    })?;
     Ok(Out(t))
 }
 

@@ -66,7 +66,7 @@ def _run(sets: Sequence[DataSet], options: argparse.Namespace) -> None:
     """Choose, train, sum up, write, print."""
     began = time.monotonic()
     lines = [(data, row) for data in sets for row in rows(options.methods, data.modalities)]
-    settings = Settings(options.steps)
+    settings = Settings(options.steps, scope=options.scope)
     words = protocol(settings, options.seeds, options.workers, tuned=options.tuning)
     print("\n\n".join(words), flush=True)
     choices = _choices(lines, settings, options)
@@ -135,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="methods")
     parser.add_argument("--workers", type=_count, default=_cores(), help="runs side by side, one thread each")
     parser.add_argument(
+        "--scope", type=_share, help="project this share of each modality's parameters, 0 to 1, in place of the heads"
+    )
+    parser.add_argument(
         "--no-tuning", dest="tuning", action="store_false", help="take one learning rate and the last round for all"
     )
     return parser
@@ -148,6 +151,17 @@ def _count(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value
+
+
+def _share(text: str) -> float:
+    """Read a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
     return value
 
 

@@ -100,6 +100,9 @@ class Settings:
         Examples in a batch.
     momentum, weight_decay : float
         Of the SGD underneath, the paper's.
+    scope : float, optional
+        What the flat projection acts on: the layers from the output backwards that hold this share of each modality's
+        parameters (the paper's Table 4); None is the heads.
     """
 
     steps: int
@@ -107,6 +110,7 @@ class Settings:
     batch_size: int = 32
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    scope: float | None = None
 
     @property
     def turn_lengths(self) -> list[int]:
@@ -168,5 +172,7 @@ def make_optimizer(
             alpha=ALPHA,
             batches=batches,
         )
+    if settings.scope is not None:
+        return igm_rs.IGMOptimizer(sgd, parts, scope=settings.scope, rho=method.rho, tau=method.tau)
     heads = {name: model.head_of(name) for name in row.modalities}
     return igm_rs.IGMOptimizer(sgd, parts, heads=heads, rho=method.rho, tau=method.tau)

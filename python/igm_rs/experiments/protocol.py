@@ -31,10 +31,15 @@ def protocol(settings: Settings, seeds: int, workers: int, *, tuned: bool) -> li
         "a step of every modality. The second pass of SAM belongs to its step: it is not counted, but its time is. "
         f"ms/step is wall time over the steps of all modalities, on one thread, with up to {workers} runs side by side."
     )
+    projected = (
+        "the three-layer head of each modality"
+        if settings.scope is None
+        else f"the layers of each modality that hold {settings.scope:.0%} of its parameters, counted from the output"
+    )
     methods = (
         f"Methods: SGD with momentum {settings.momentum:g} and weight decay {settings.weight_decay:g}, learning rate "
         f"on half a cosine; turns of {settings.turn_steps} batches; SAM with ρ = {RHO:g}; flat projection with "
-        f"τ = {TAU:g} in the three-layer head of each modality; MLA with one linear head for all modalities, which "
+        f"τ = {TAU:g} in {projected}; MLA with one linear head for all modalities, which "
         "take each batch one after another, and its orthogonal projection."
     )
     if tuned:

@@ -116,7 +116,7 @@ class Outcome:
 
     Attributes
     ----------
-    seed, kept, curve, seconds_per_step, skipped, cosine, effective_perturbation
+    seed, kept, curve, seconds_per_step, skipped, cosine, effective_perturbation, projected_share
         As in :class:`igm_rs.experiments.training.Trained`.
     scores, temperatures : dict
         On the test split; empty for a tuning run.
@@ -131,6 +131,7 @@ class Outcome:
     effective_perturbation: float | None
     scores: Scores
     temperatures: dict[str, float]
+    projected_share: float | None = None
 
 
 Told = tuple[int, str, int, float, float | None]
@@ -170,6 +171,7 @@ def run_job(job: Job, data: DataSet, tell: Callable[[Told], None]) -> Outcome:
         effective_perturbation=trained.effective_perturbation,
         scores=scores,
         temperatures=temperatures,
+        projected_share=trained.projected_share,
     )
 
 

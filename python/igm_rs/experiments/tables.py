@@ -178,7 +178,12 @@ def remarks(results: Results) -> list[str]:
         parts = []
         cosines = [run["cosine"] for run in runs if run["cosine"] is not None]
         if cosines:
-            parts.append(f"cosine of a head's gradient before and after projection {fmean(cosines):.4f}")
+            scope = row["settings"].get("scope")
+            of = "a head's" if scope is None else "a projected layer's"
+            parts.append(f"cosine of {of} gradient before and after projection {fmean(cosines):.4f}")
+            shares = [run["projected_share"] for run in runs if run.get("projected_share") is not None]
+            if scope is not None and shares:
+                parts.append(f"{fmean(shares):.1%} of the parameters projected (--scope {scope:g})")
         realised = [run["effective_perturbation"] for run in runs if run["effective_perturbation"] is not None]
         if realised:
             parts.append(f"realised perturbation {fmean(realised):.1%} of ρ")

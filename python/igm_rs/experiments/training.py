@@ -69,6 +69,8 @@ class Trained:
         (or of each round, where turns last one batch); None without projection.
     effective_perturbation : float or None
         Mean of ‖realised ε‖/ρ at the same steps; None without SAM.
+    projected_share : float or None
+        Share of the parameters whose gradient a T can act on, mean over the modalities; None without projection.
     """
 
     model: Branches
@@ -78,6 +80,7 @@ class Trained:
     skipped: int
     cosine: float | None
     effective_perturbation: float | None
+    projected_share: float | None = None
 
 
 @dataclass
@@ -86,12 +89,15 @@ class _Witness:
 
     cosines: list[float] = field(default_factory=list)
     perturbations: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
 
     def note(self, optimizer: torch.optim.Optimizer) -> None:
         """Read the figures of the last step."""
         if isinstance(optimizer, igm_rs.IGMOptimizer):
             told = optimizer.last_stats
             self.cosines += [layer["cosine"] for layer in told["projected"].values()]
+            if told["projected"] and told["active"] is not None:
+                self.shares.append(optimizer.projected_share[told["active"]])
             if told["effective_perturbation"] is not None:
                 self.perturbations.append(told["effective_perturbation"])
 
@@ -188,6 +194,7 @@ def train(
         skipped=optimizer.skipped_steps if isinstance(optimizer, igm_rs.IGMOptimizer) else 0,
         cosine=_mean(witness.cosines),
         effective_perturbation=_mean(witness.perturbations),
+        projected_share=_mean(witness.shares),
     )
 
 
