@@ -175,7 +175,7 @@ fn dominant(
     accuracy: f64,
 ) -> Result<Option<Greatest>> {
     let apply = |v: &Tensor| Ok(wide.f_mv(v)?);
-    let enough = |value: f64, residual: f64| tau * residual <= accuracy * value;
+    let enough = |value: f64, residual: f64| tau.max(1.0) * residual <= accuracy * value;
     let top = lanczos(
         (d, Kind::Double, info),
         MOST_STEPS,
@@ -362,8 +362,11 @@ fn random_basis(noise: &Tensor, (d, k): (i64, i64), kind: Kind, info: &Info) -> 
             format_args!("({d}, {d}) on {}", info.device()),
         ));
     }
-    let columns = noise.f_narrow(1, 0, k)?.f_to_dtype(kind, false, false)?;
-    Ok(Tensor::f_linalg_qr(&columns, "reduced")?.0)
+    let columns = noise
+        .f_narrow(1, 0, k)?
+        .f_to_dtype(Kind::Double, false, false)?;
+    let (basis, _) = Tensor::f_linalg_qr(&columns, "reduced")?;
+    Ok(basis.f_to_dtype(kind, false, false)?)
 }
 
 /// T as a mean eigenvalue.
@@ -392,6 +395,8 @@ struct Job<'a> {
     kind: Kind,
     /// The dtype of T.
     wanted: Kind,
+    /// How far the matrix, as it is decomposed, is from its transpose: T cannot be told more exactly.
+    skew: f64,
 }
 
 impl Job<'_> {
@@ -429,7 +434,8 @@ impl Job<'_> {
                 }
             }
         };
-        Ok(slope * epsilon(kind) * (4.0 + real(self.d).sqrt()))
+        let skew = self.skew * real(self.d).sqrt() / scope.high;
+        Ok(slope * (epsilon(kind) * (4.0 + real(self.d).sqrt()) + skew))
     }
 
     /// T from λ, ascending, and the eigenvectors (Eq. (4)): `I − V(I − Σ)Vᵀ`, from the directions only in which it differs from I by more
@@ -479,9 +485,13 @@ impl Job<'_> {
         let known = match dominant(&wide, d, info, tau, accuracy)? {
             Some(top) => {
                 let needed = accuracy * top.value / tau.max(1.0);
+                let single = wanted == Kind::Float && tau <= SMALL_EXPONENT;
+                let mut low = least(&wide, (d, single, info), needed)?;
+                if single && low.is_some_and(|low| low > 0.5 * top.value) {
+                    low = least(&wide, (d, false, info), needed)?; // where the rounding of either end would show
+                }
                 // a narrow spectrum needs its ends more exactly than this
-                least(&wide, (d, wanted, info), needed)?
-                    .filter(|low| top.value - low >= NARROW * top.value)
+                low.filter(|low| top.value - low >= NARROW * top.value)
                     .map(|low| (top, low))
             }
             None => None,
@@ -523,7 +533,10 @@ impl Job<'_> {
         }
         let rate = tau / spread;
         let exponent = rate * split.bounds.1 * split.unit;
-        let reach = exponent * epsilon(split.kind) * (4.0 + real(d).sqrt());
+        let reach = exponent * epsilon(split.kind) * (4.0 + real(d).sqrt())
+            + rate * self.skew * real(d).sqrt()
+            // eigenvalues that the rounding of Ȳ itself makes negative are not set to 0 here
+            + rate * high * epsilon(self.kind) * (1.0 + 0.25 * real(d).sqrt());
         let found = split.exponential((d, info), rate, low, accuracy)?;
         flops += found.products * real(d).powi(3);
         let bound = found.error + reach + 2.0 * accuracy + rounding(d, wanted);
@@ -599,13 +612,6 @@ pub fn from_covariance(covariance: &Tensor, wish: &Wish<'_>) -> Result<Made> {
     }
     let kind = check_full_precision("covariance", &info)?;
     check_route(wish)?;
-    let job = Job {
-        wish,
-        info: &info,
-        d,
-        kind,
-        wanted: wish.dtype.unwrap_or(kind),
-    };
     let Survey { largest, skew } = survey(covariance, &info)?;
     check_finite("covariance", largest)?;
     check_symmetric(skew, largest, kind)?;
@@ -616,6 +622,14 @@ pub fn from_covariance(covariance: &Tensor, wish: &Wish<'_>) -> Result<Made> {
         covariance.shallow_clone()
     } else {
         covariance.f_div_scalar(scale)?
+    };
+    let job = Job {
+        wish,
+        info: &info,
+        d,
+        kind,
+        wanted: wish.dtype.unwrap_or(kind),
+        skew: skew / scale,
     };
     if grouped {
         return of_groups(&job, &scaled, scale);
@@ -735,6 +749,7 @@ pub fn from_rows(rows: &Tensor, wish: &Wish<'_>) -> Result<Made> {
         d,
         kind,
         wanted,
+        skew: 0.0,
     };
     let scale = if r == 0 { 0.0 } else { largest("rows", rows)? };
     if scale == 0.0 {
@@ -750,26 +765,22 @@ pub fn from_rows(rows: &Tensor, wish: &Wish<'_>) -> Result<Made> {
     }
     let plain = matches!(wish.control, Control::None);
     let small = matches!(wish.filter, Filter::Flat(tau) if tau <= SMALL_EXPONENT);
-    let working = if wanted == Kind::Float && small && plain {
-        Kind::Float
-    } else {
-        kind
-    };
-    let scaled = rows
-        .f_div_scalar(scale)?
-        .f_to_dtype(working, false, false)?;
-    let gram = symmetric_product(&scaled, &scaled.f_tr()?, r, working, &info)?;
+    let by_rule =
+        wish.route == Route::Auto && r >= LARGE && wanted == Kind::Float && small && plain;
+    let scaled = rows.f_div_scalar(scale)?;
     let mut flops = real(r) * real(r) * real(d);
-    let trace = gram.f_trace()?.f_double_value(&[])?;
     let unit = scale * scale;
     if let Filter::Flat(tau) = wish.filter {
-        let by_rule = working == Kind::Float && r >= LARGE && wish.route == Route::Auto;
         if tau > 0.0 && plain && (by_rule || wish.route == Route::Polynomial) {
+            let working = if by_rule { Kind::Float } else { kind };
+            let rows = scaled.f_to_dtype(working, false, false)?;
+            let gram = symmetric_product(&rows, &rows.f_tr()?, r, working, &info)?;
+            let trace = gram.f_trace()?.f_double_value(&[])?;
             if let Some((core, high, bound, products)) = gram_by_polynomial(&job, &gram, tau)? {
                 flops += products * real(r).powi(3);
                 return Ok(Made {
                     factor: Factor::Factored {
-                        rows: scaled.f_to_dtype(wanted, false, false)?,
+                        rows: rows.f_to_dtype(wanted, false, false)?,
                         core: Some(core),
                         scale: 1.0,
                     },
@@ -783,9 +794,11 @@ pub fn from_rows(rows: &Tensor, wish: &Wish<'_>) -> Result<Made> {
             }
         }
     }
-    let [values, vectors] = eigh("rows", &gram, working)?;
+    let gram = symmetric_product(&scaled, &scaled.f_tr()?, r, kind, &info)?;
+    let trace = gram.f_trace()?.f_double_value(&[])?;
+    let [values, vectors] = eigh("rows", &gram, kind)?;
     let values = values.f_clamp_min(0.0)?;
-    let scope = scope_of(&values, d, working)?;
+    let scope = scope_of(&values, d, kind)?;
     flops += 10.0 * real(r).powi(3) + 2.0 * real(r) * real(r) * real(d);
     let singular_values = Tensor::f_zeros([d], (kind, info.home()))?;
     let zero = count_up_to(&values, scope.rounding)?;
@@ -796,7 +809,7 @@ pub fn from_rows(rows: &Tensor, wish: &Wish<'_>) -> Result<Made> {
             .f_mul_scalar(unit)?,
     )?;
     let bound =
-        rounding(d, wanted) + job.reach(&values.f_narrow(0, zero, r - zero)?, &scope, working)?;
+        rounding(d, wanted) + job.reach(&values.f_narrow(0, zero, r - zero)?, &scope, kind)?;
     Ok(Made {
         factor: job.of_gram(&scaled, (&values, &vectors), &scope, zero)?,
         singular_values,

@@ -271,14 +271,14 @@ pub fn lanczos(
 
 /// λ_min of a positive semi-definite float64 matrix by its inverse, from a Cholesky factor, to within `tolerance`.
 ///
-/// For a T in float32 the factor is float32, if there is one: its rounding is that of single entries, far below ε·λ_max. A matrix that has no
-/// factor in float64 has λ_min = 0 but for rounding. `None`: not found within the steps.
+/// `single`: in float32, if there is a factor; its rounding is that of single entries, about ε·λ_max. A matrix that has no factor in float64
+/// has λ_min = 0 but for rounding. `None`: not found within the steps.
 pub fn least(
     matrix: &Tensor,
-    (d, wanted, info): (i64, Kind, &Info),
+    (d, single, info): (i64, bool, &Info),
     tolerance: f64,
 ) -> Result<Option<f64>> {
-    let mut kind = wanted;
+    let mut kind = if single { Kind::Float } else { Kind::Double };
     let (mut factor, failed) = matrix
         .f_to_dtype(kind, false, false)?
         .f_linalg_cholesky_ex(false, false)?;
