@@ -135,6 +135,15 @@ fn tolerance(wanted: Kind) -> f64 {
 /// Below this the coefficients of a polynomial are rounding.
 const FLOOR: f64 = 16.0 * f64::EPSILON;
 
+/// The dtype in which λ_max and λ_min are looked for: their rounding grows by τ in T.
+fn precision(wanted: Kind, tau: f64) -> Kind {
+    if tau <= SMALL_EXPONENT {
+        wanted
+    } else {
+        Kind::Double
+    }
+}
+
 /// The rounding of T itself, when it is put together, and of eigenvectors that are orthogonal up to √d·ε in float64.
 fn rounding(d: i64, wanted: Kind) -> f64 {
     let growth = real(d).sqrt() * if wanted == Kind::Double { 1.0 } else { 0.25 };
@@ -485,7 +494,7 @@ impl Job<'_> {
         let known = match dominant(&wide, d, info, tau, accuracy)? {
             Some(top) => {
                 let needed = accuracy * top.value / tau.max(1.0);
-                let single = wanted == Kind::Float && tau <= SMALL_EXPONENT;
+                let single = precision(wanted, tau) == Kind::Float;
                 let mut low = least(&wide, (d, single, info), needed)?;
                 if single && low.is_some_and(|low| low > 0.5 * top.value) {
                     low = least(&wide, (d, false, info), needed)?; // where the rounding of either end would show
@@ -502,7 +511,7 @@ impl Job<'_> {
             flops += split.flops;
             ("polynomial, deflated", split, low, high)
         } else if forced || tau <= SMALL_EXPONENT {
-            let (low, high) = extremes(&wide, d, wanted)?;
+            let (low, high) = extremes(&wide, d, precision(wanted, tau))?;
             flops += 9.0 * real(d).powi(3);
             let single = wanted == Kind::Float && tau * high <= SMALL_EXPONENT * (high - low);
             let kind = if single { Kind::Float } else { Kind::Double };
@@ -886,7 +895,7 @@ fn gram_by_polynomial(
         let split = Deflated::of(&wide, top, 0.0, (r, job.wanted, job.info), tau)?;
         (split, high)
     } else if forced {
-        let (low, high) = extremes(&wide, r, job.wanted)?;
+        let (low, high) = extremes(&wide, r, precision(job.wanted, tau))?;
         let split = Deflated {
             top: None,
             unit: 1.0,

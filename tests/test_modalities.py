@@ -149,7 +149,8 @@ def test_scope_passes_over_norm_layers_and_stops_before_what_it_cannot_project()
     ]
     with pytest.raises(
         ValueError,
-        match=r"scope=1.0 takes in layer 'encoders\.audio\.0', a ConvTranspose1d, which cannot be projected: expected Linear, Conv1d",
+        match=r"scope=1.0 takes in layer 'encoders\.audio\.0', a ConvTranspose1d, which cannot be projected: expected "
+        "Linear, Conv1d",
     ):
         IGMOptimizer(sgd(model), spec, scope=1.0, model=model)
 

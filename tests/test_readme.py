@@ -1,5 +1,6 @@
 """The README says what is so: its code runs, its files exist, its tables and figures are the generated ones."""
 
+import json
 import re
 from pathlib import Path
 

@@ -118,7 +118,7 @@ class Covariance:
         self.count = self.count * factor
 
     def value(self, *, centred: bool = False) -> torch.Tensor | None:
-        """Ȳ as a new matrix, (d, d) or (G, d, d), Σ z zᵀ, or Σ (z − μ)(z − μ)ᵀ when `centred`; None before the first row."""
+        """Ȳ as a new matrix, (d, d) or (G, d, d), Σ z zᵀ, or Σ (z − μ)(z − μ)ᵀ when `centred`; None without rows."""
         if not self:
             return None
         result = Covariance(self.d, groups=self.groups)

@@ -117,7 +117,7 @@ def project_(
     biases: Sequence[torch.Tensor | None],
     factors: Sequence[Sequence[_Factor]],
 ) -> torch.Tensor:
-    """Project gradients, in place: gradients[i] <- gradients[i] @ T1 @ T2 ..., with a bias [gradients[i] biases[i]] in its place."""
+    """Project gradients, in place: [gradients[i] biases[i]] <- [gradients[i] biases[i]] @ T1 @ T2 ..."""
 
 def project_update_(
     weights: Sequence[torch.Tensor],
@@ -126,7 +126,7 @@ def project_update_(
     biases_before: Sequence[torch.Tensor | None],
     factors: Sequence[Sequence[_Factor]],
 ) -> torch.Tensor:
-    """Project what an optimizer has done to weights, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ T1 @ T2 ..."""
+    """Project updates, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ T1 @ T2 ..."""
 
 def singular_values(matrix: torch.Tensor, rows: bool = False) -> npt.NDArray[np.float64]:
     """Compute the singular values of a covariance on the host, for diagnosis; waits for the device."""

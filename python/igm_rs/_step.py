@@ -17,8 +17,8 @@ from ._course import Course
 from ._device import capturing, keep_where_unusable, usable_on_device, waits_for_nothing
 from ._fused import Fused
 from ._layers import Layer
-from ._projection import Factor, Made
 from ._perturbation import climb_of, gradient_norm, judge
+from ._projection import Factor, Made
 from ._random import RandomState
 from ._rollback import Rollback
 from .stats import step_stats

@@ -17,8 +17,8 @@ from ._batchnorm import Statistics
 from ._core import Closure, Core, PerModality, Replay, lr_of
 from ._course import Course
 from ._features import FeatureTap
-from ._head_pass import head_pass_of
 from ._growth import add_modality, layers_of, sources_of, structure_of
+from ._head_pass import head_pass_of
 from ._layers import check_gradients, check_held, projected_share
 from ._modalities import Modalities, check_parameters, parameter_names
 from ._options import projection_options
@@ -86,11 +86,11 @@ class IGMOptimizer(torch.optim.Optimizer):
         differs from the first by its random numbers at most. On CUDA the step then waits for the device; while a CUDA
         graph is recorded nothing is left out.
     sources : {"previous", "others", "earlier"} or mapping of str to None, str or list of str
-        Whose T acts on each modality: the one trained before it (Algorithm 1, line 9), all others, those before it in the
-        order of training, or as listed; None is "not projected" (Table 3).
+        Whose T acts on each modality: the one trained before it (Algorithm 1, line 9), all others, those before it in
+        the order of training, or as listed; None is "not projected" (Table 3).
     combine : {"product", "sum"}
-        Of several sources: their T's act one after the other, in the order of training; or one T is made from the sum of
-        their Ȳ, with the strength of the modality that it acts on.
+        Of several sources: their T's act one after the other, in the order of training; or one T is made from the sum
+        of their Ȳ, with the strength of the modality that it acts on.
     pairing : {"position", "name", "shape"} or mapping
         Which layer's T of the source acts on a layer; a layer that both have is paired with itself. By the position
         counted from the output, where the widths agree; by the path below head or modality; with every layer of the
@@ -117,8 +117,8 @@ class IGMOptimizer(torch.optim.Optimizer):
     project : {"gradient", "update"}
         What T acts on: the gradient (Eq. 9), or the base optimizer's update of the weight.
     route : {"auto", "svd", "eigh", "gram", "polynomial"}
-        How T is computed. "auto": from the rows where there are fewer than d (Gram), kept in factored form where that is
-        cheaper; else, for a flat float32 T of d ≥ 160, by a polynomial of Ȳ without its dominant direction where few
+        How T is computed. "auto": from the rows where there are fewer than d (Gram), kept in factored form where that
+        is cheaper; else, for a flat float32 T of d ≥ 160, by a polynomial of Ȳ without its dominant direction where few
         products suffice; else by eigendecomposition. "gram": from the rows where there are fewer than d, else "eigh".
         Layers of several groups are decomposed. ``last_stats["routes"]`` tells.
     reset : subset of {"momentum", "lr"}
@@ -392,7 +392,7 @@ class IGMOptimizer(torch.optim.Optimizer):
 
     @property
     def covariances(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Ȳ by modality and layer, (d, d) or (G, d, d), float64 on the CPU, as gathered so far; absent before the first row."""
+        """Ȳ by modality and layer, (d, d) or (G, d, d), float64 on the CPU, as gathered so far; without rows absent."""
         centred = self._core.projection.options.features == "centred"
         return {
             name: {
@@ -414,8 +414,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         Returns
         -------
         dict
-            Layer name to float64 array of shape (d,), or (G, d) of a layer of G groups; one such dict for each modality when none is named. Layers
-            that have seen no features are absent.
+            Layer name to float64 array of shape (d,), or (G, d) of a layer of G groups; one such dict for each modality
+            when none is named. Layers that have seen no features are absent.
 
         Raises
         ------
@@ -723,7 +723,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         name : str
             A new name.
         members : module, parameter, name prefix, or a list of these
-            What belongs to it, as in `modalities`; parameters that the optimizer does not hold form a group of their own.
+            What belongs to it, as in `modalities`; parameters that the optimizer does not hold form a group of their
+            own.
         head : module, module name, or a list of these, optional
             Its head, as in `heads`; not for optimizers with a shared `head` or a `scope`, which count for it, too.
         sources : str or list of str, optional

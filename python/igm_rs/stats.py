@@ -48,8 +48,8 @@ class StepStats(Mapping[str, Any]):
     ``top_share``
         By layer, λ_max/Σλ.
     ``routes``
-        By layer how T was made: ``route``, ``flops`` (floating-point operations, estimated), ``error_bound`` (how far the
-        entries of T can be from the exact ones, with rounding counted as random). None in a T of an older checkpoint.
+        By layer how T was made: ``route``, ``flops`` (floating-point operations, estimated), ``error_bound`` (how far
+        the entries of T can be from the exact ones, rounding counted as random). None in a T of an older checkpoint.
     """
 
     def __init__(self, entries: Mapping[str, Callable[[], Any]]) -> None:

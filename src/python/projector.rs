@@ -318,7 +318,7 @@ pub fn orthogonal_projector_(
     })
 }
 
-/// Project gradients, in place: gradients[i] <- gradients[i] @ T1 @ T2 ..., with a bias [gradients[i] biases[i]] in its place.
+/// Project gradients, in place: [gradients[i] biases[i]] <- [gradients[i] biases[i]] @ T1 @ T2 ...
 ///
 /// Parameters
 /// ----------
@@ -357,7 +357,7 @@ pub fn project_(mut gradients: Ins, mut biases: Gappy, factors: FactorLists) -> 
     )?))
 }
 
-/// Project what an optimizer has done to weights, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ T1 @ T2 ...
+/// Project updates, in place: weights[i] <- before[i] + (weights[i] - before[i]) @ T1 @ T2 ...
 ///
 /// Parameters
 /// ----------
