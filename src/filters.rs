@@ -96,36 +96,33 @@ impl Filter {
 
     /// `φ(λ) = (1 − σ(λ)/c)/λ`, with which `T = c (I − Rᵀ φ(R Rᵀ) R)` for the rows R of Ȳ = RᵀR; bounded as λ → 0.
     pub fn per_eigenvalue(self, values: &Tensor, scope: &Scope) -> Result<Taken> {
-        let (factor, scale) = match self {
+        let (shares, scale) = match self {
             Self::Flat(tau) => {
                 // with z = τλ/λ_max: φ = (τ/λ_max) (1 − exp(−z))/z, where the last factor goes to 1 as z → 0
                 let z = values.f_mul_scalar(tau / scope.high)?;
-                let share = z
+                let whole = z
                     .f_neg()?
                     .f_expm1()?
                     .f_neg()?
                     .f_div(&z)?
                     .f_nan_to_num(1.0, 1.0, 1.0)?;
-                (share.f_mul_scalar(tau / scope.high)?, 1.0)
+                (whole.f_mul_scalar(tau / scope.high)?, 1.0)
             }
             Self::Ridge(alpha) => {
-                let slope = alpha * real(scope.d) / scope.trace;
-                let bounded = values.f_mul_scalar(slope)?.f_add_scalar(1.0)?;
-                (bounded.f_reciprocal()?.f_mul_scalar(slope)?, 1.0)
+                let steepness = alpha * real(scope.d) / scope.trace;
+                let bounded = values.f_mul_scalar(steepness)?.f_add_scalar(1.0)?;
+                (bounded.f_reciprocal()?.f_mul_scalar(steepness)?, 1.0)
             }
             Self::NullSpace(_) => {
                 let above = values.f_gt(self.threshold(scope))?;
-                let shares = above.f_to_dtype(values.f_kind()?, false, false)?;
+                let gone = above.f_to_dtype(values.f_kind()?, false, false)?;
                 let inverse = values
                     .f_reciprocal()?
                     .f_masked_fill(&above.f_logical_not()?, 0.0)?;
-                (inverse, self.scale(&shares, scope.d)?)
+                (inverse, self.scale(&gone, scope.d)?)
             }
         };
-        Ok(Taken {
-            shares: factor,
-            scale,
-        })
+        Ok(Taken { shares, scale })
     }
 
     /// c, from 1 − σ/c of the eigenvalues that are listed.

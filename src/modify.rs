@@ -43,7 +43,7 @@ fn act(gradient: &Tensor, factor: &Factor, kind: Kind) -> Result<Tensor> {
                 }
                 gradient.f_sub(&along.f_matmul(&rows)?)?
             };
-            if *scale != 1.0 {
+            if scale.to_bits() != 1.0_f64.to_bits() {
                 result = result.f_mul_scalar_(*scale)?;
             }
             Ok(result)
@@ -137,7 +137,7 @@ fn check(
             ));
         }
         let bias = biases.get(index).copied().flatten();
-        let leading: i64 = info.sizes[..1 + usize::from(grouped)].iter().product();
+        let leading: i64 = info.sizes[..=usize::from(grouped)].iter().product();
         if let Some(bias) = bias {
             check_bias(
                 &format!("biases[{index}]"),

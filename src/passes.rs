@@ -38,12 +38,12 @@ impl<T: Real> Loop for Tiles<'_, T> {
         let mut mirrored = [[T::ZERO; TILE]; TILE];
         for j in 0..columns {
             let start = (column + j) * self.d + row;
-            for (i, &x) in self.all[start..start + rows].iter().enumerate() {
-                mirrored[i][j] = x;
+            for (mirrored, &x) in mirrored.iter_mut().zip(&self.all[start..start + rows]) {
+                mirrored[j] = x;
             }
         }
         let (mut largest, mut skew) = ([T::ZERO; TILE], [T::ZERO; TILE]);
-        // of finite numbers the sum of all x − x is 0; of others it is not a number
+        // of finite numbers the sum of all 0·x is 0; of others it is not a number
         let mut unsound = [T::ZERO; TILE];
         for (i, mirrored) in mirrored.iter().enumerate().take(rows) {
             let start = (row + i) * self.d + column;
@@ -64,7 +64,7 @@ impl<T: Real> Loop for Tiles<'_, T> {
                 } else {
                     skew[j]
                 };
-                unsound[j] = unsound[j] + (x - x) + (y - y);
+                unsound[j] = unsound[j] + T::ZERO * x + T::ZERO * y;
             }
         }
         let most = |numbers: &[T]| numbers.iter().fold(0.0_f64, |most, x| most.max(x.wide()));

@@ -354,7 +354,7 @@ impl Deflated {
 fn without(basis: &Tensor, scale: f64, d: i64, kind: Kind, info: &Info) -> Result<Tensor> {
     let mut t = symmetric_product(&basis.f_neg()?, &basis.f_tr()?, d, kind, info)?;
     let _in_place = t.f_diagonal(0, 0, 1)?.f_add_scalar_(1.0)?;
-    if scale != 1.0 {
+    if scale.to_bits() != 1.0_f64.to_bits() {
         t = t.f_mul_scalar_(scale)?;
     }
     Ok(t)
@@ -419,7 +419,7 @@ impl Job<'_> {
 
     /// What the rounding of λ makes of T, for λ that are known to ε·√d·λ_max.
     fn reach(&self, values: &Tensor, scope: &Scope, kind: Kind) -> Result<f64> {
-        let slope = match self.wish.filter {
+        let steepness = match self.wish.filter {
             Filter::Flat(tau) => tau * scope.high / (scope.high - scope.low),
             Filter::Ridge(alpha) => alpha * real(self.d) * scope.high / scope.trace,
             Filter::NullSpace(a) => {
@@ -444,12 +444,12 @@ impl Job<'_> {
             }
         };
         let skew = self.skew * real(self.d).sqrt() / scope.high;
-        Ok(slope * (epsilon(kind) * (4.0 + real(self.d).sqrt()) + skew))
+        Ok(steepness * (epsilon(kind) * (4.0 + real(self.d).sqrt()) + skew))
     }
 
     /// T from λ, ascending, and the eigenvectors (Eq. (4)): `I − V(I − Σ)Vᵀ`, from the directions only in which it differs from I by more
     /// than rounding.
-    fn from_spectrum(&self, values: &Tensor, vectors: &Tensor, scope: &Scope) -> Result<Factor> {
+    fn of_spectrum(&self, values: &Tensor, vectors: &Tensor, scope: &Scope) -> Result<Factor> {
         let (d, wanted) = (self.d, self.wanted);
         let flat = matches!(self.wish.filter, Filter::Flat(_));
         if scope.high == 0.0 || (flat && scope.high - scope.low <= scope.rounding) {
@@ -574,14 +574,14 @@ fn check_route(wish: &Wish<'_>) -> Result<()> {
     if wish.route != Route::Polynomial {
         return Ok(());
     }
-    let with = match (wish.filter, wish.control) {
+    let beside = match (wish.filter, wish.control) {
         (Filter::Flat(_), Control::None) => return Ok(()),
         (Filter::Flat(_), _) => "a control, which needs the eigenvalues",
         _ => "another projector than the flat one",
     };
     Err(Error::value(
         "route",
-        format_args!("\"polynomial\" with {with}"),
+        format_args!("\"polynomial\" with {beside}"),
         "\"auto\", \"eigh\" or \"svd\"",
     ))
 }
@@ -667,7 +667,7 @@ pub fn from_covariance(covariance: &Tensor, wish: &Wish<'_>) -> Result<Made> {
     };
     let values = values.f_clamp_min(0.0)?;
     let scope = scope_of(&values, d, kind)?;
-    let factor = job.from_spectrum(&values, &vectors, &scope)?;
+    let factor = job.of_spectrum(&values, &vectors, &scope)?;
     let bound = if scope.high - scope.low <= scope.rounding {
         0.0
     } else {
@@ -706,7 +706,7 @@ fn of_groups(job: &Job<'_>, scaled: &Tensor, scale: f64) -> Result<Made> {
         };
         let values = values.f_clamp_min(0.0)?;
         let scope = scope_of(&values, d, kind)?;
-        let factor = job.from_spectrum(&values, &vectors, &scope)?;
+        let factor = job.of_spectrum(&values, &vectors, &scope)?;
         projectors.push(dense(&factor)?);
         spectra.push(values.f_flip([0_i64].as_slice())?.f_mul_scalar(scale)?);
         if scope.high - scope.low > scope.rounding {
@@ -935,7 +935,7 @@ pub fn dense(factor: &Factor) -> Result<Tensor> {
             };
             let mut t = symmetric_product(&left.f_neg()?, rows, info.last, kind, &info)?;
             let _in_place = t.f_diagonal(0, 0, 1)?.f_add_scalar_(1.0)?;
-            if *scale != 1.0 {
+            if scale.to_bits() != 1.0_f64.to_bits() {
                 t = t.f_mul_scalar_(*scale)?;
             }
             Ok(t)

@@ -120,7 +120,7 @@ fn made<'py>(
     if scalar && noise.is_some() {
         return Err(Error::value("noise", "a tensor with scalar=True", "one of the two").into());
     }
-    let made = released(py, move || {
+    let result = released(py, move || {
         let control = match &noise {
             Some(noise) => Control::Random(&noise.0),
             None if scalar => Control::Scalar,
@@ -134,7 +134,7 @@ fn made<'py>(
         };
         make(&matrix.0, &wish)
     })?;
-    made_out(py, made)
+    made_out(py, result)
 }
 
 /// Make a projector T = V sigma(L) V^T of a covariance V L V^T.
