@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # The same torch path for every cargo command: torch-sys is compiled once, not once for lint and once for the install.
 BUILD_ENV := $(BIN)/python build_backend/igm_build.py
 BUILD_FILES := pyproject.toml build_backend/igm_build.py
-SOURCES := $(BUILD_FILES) Cargo.toml Cargo.lock build.rs .cargo/config.toml $(wildcard src/*)
+SOURCES := $(BUILD_FILES) Cargo.toml Cargo.lock build.rs .cargo/config.toml $(wildcard src/*.* src/python/*)
 
 .PHONY: install demo later test test-long contract test-install lint bench bench-cuda wheel clean
 .DELETE_ON_ERROR:

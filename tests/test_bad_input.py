@@ -317,6 +317,8 @@ def each_tensor(change):
                 mapping[key] = change(value)
             elif isinstance(value, dict):
                 of(value)
+            elif isinstance(value, list):
+                mapping[key] = [change(one) if isinstance(one, torch.Tensor) else one for one in value]
 
     return of
 
@@ -450,7 +452,21 @@ OPTIONS = [
         ({"sources": "next"}, ValueError, ["sources", "next", "previous"]),
         ({"sources": {"audio": None}}, ValueError, ["sources", "video"]),
         ({"sources": {"audio": "text", "video": None}}, ValueError, ["text", "audio", "video"]),
-        ({"projector": "ridge"}, ValueError, ["projector is 'ridge'", "'flat'", "'orthogonal'"]),
+        ({"projector": "steep"}, ValueError, ["projector is 'steep'", "'flat', 'ridge', 'null_space', 'orthogonal'"]),
+        ({"control": "shuffled"}, ValueError, ["control is 'shuffled'", "'random', 'scalar'"]),
+        ({"control": "random", "projector": "orthogonal"}, ValueError, ["control is 'random' with projector='orthog"]),
+        ({"seed": 1}, ValueError, ["seed is 1 with projector='flat', control=None, which has no use for it"]),
+        ({"seed": 1.0}, TypeError, ["seed is 1.0 (float)", "an integer"]),
+        ({"combine": "mean"}, ValueError, ["combine is 'mean'", "'product', 'sum'"]),
+        ({"combine": "sum", "projector": "identity"}, ValueError, ["combine is 'sum' with projector='identity'"]),
+        ({"pairing": "width"}, ValueError, ["pairing is 'width'", "'position', 'name', 'shape'"]),
+        ({"pairing": {"audio.9": "video.0"}}, ValueError, ["pairing names 'audio.9'", "'audio.0' (d = 8)", "'video'"]),
+        ({"augment_bias": 1}, TypeError, ["augment_bias is 1 (int)", "True or False"]),
+        ({"alpha": 0.5, "projector": "null_space"}, ValueError, ["alpha is 0.5 with projector='null_space'", ">= 1"]),
+        ({"alpha": -1.0, "projector": "ridge"}, ValueError, ["alpha is -1.0", "> 0"]),
+        ({"route": "gram", "projector": "orthogonal"}, ValueError, ["route is 'gram' with projector='orthogonal'"]),
+        ({"route": "polynomial", "projector": "ridge"}, ValueError, ["route is 'polynomial' with projector='ridge'"]),
+        ({"route": "polynomial", "control": "scalar"}, ValueError, ["route is 'polynomial'", "need the eigenvalues"]),
         ({"features": "max"}, ValueError, ["features is 'max'", "'mean'", "'samples'", "'centred'"]),
         ({"covariance": "old"}, ValueError, ["covariance is 'old'", "'fresh'", "'kept'"]),
         ({"covariance": 1.5}, ValueError, ["covariance is 1.5", "(0, 1)"]),
@@ -460,7 +476,7 @@ OPTIONS = [
         ({"refresh": 0}, ValueError, ["refresh is 0", "integer >= 1"]),
         ({"refresh": 1.5}, TypeError, ["refresh is 1.5", "integer >= 1"]),
         ({"project": "weights"}, ValueError, ["project is 'weights'", "'gradient'", "'update'"]),
-        ({"route": "qr"}, ValueError, ["route is 'qr'", "'auto'", "'eigh'", "'svd'"]),
+        ({"route": "qr"}, ValueError, ["route is 'qr'", "'auto', 'svd', 'eigh', 'gram', 'polynomial'"]),
         ({"reset": ("weights",)}, ValueError, ["reset is 'weights'", "'momentum'", "'lr'"]),
         ({"alpha": 0.0}, ValueError, ["alpha is 0.0", "> 0"]),
         ({"batches": 0}, ValueError, ["batches is 0", "integer >= 1"]),
@@ -988,13 +1004,13 @@ STATES = [
     ),
     (
         "projector of another width",
-        lambda s: s.load_projection("projectors", in_a_mapping("projector", torch.eye(7))),
+        lambda s: s.load_projection("projectors", in_a_mapping("factor", [torch.eye(7)])),
         ValueError,
         ("width 7 for layer 'audio.0' of 'audio', expected 8",),
     ),
     (
         "projector that is not square",
-        lambda s: s.load_projection("projectors", in_a_mapping("projector", torch.zeros(3, 8))),
+        lambda s: s.load_projection("projectors", in_a_mapping("factor", [torch.zeros(3, 8)])),
         ValueError,
         ("(3, 8)", "expected (8, 8)"),
     ),
@@ -1006,7 +1022,7 @@ STATES = [
     ),
     (
         "projector with a nan",
-        lambda s: s.load_projection("projectors", in_a_mapping("projector", torch.full((8, 8), NAN))),
+        lambda s: s.load_projection("projectors", in_a_mapping("factor", [torch.full((8, 8), NAN)])),
         ValueError,
         ("'audio.0'", "finite"),
     ),
@@ -1039,21 +1055,21 @@ STATES = [
 KERNELS = [
     (
         "projector on meta",
-        lambda s: _igm_rs.project_([s.one.weight.detach()], [torch.eye(8, device="meta")]),
+        lambda s: _igm_rs.project_([s.one.weight.detach()], [None], [[(torch.eye(8, device="meta"),)]]),
         ValueError,
-        ("projectors[0]: got meta", "expected a tensor on the CPU or on CUDA"),
+        ("factors[0][0]", "meta"),
     ),
     (
         "projector of another dtype",
-        lambda s: _igm_rs.project_([s.one.weight.detach()], [torch.eye(8).int()]),
+        lambda s: _igm_rs.project_([s.one.weight.detach()], [None], [[(torch.eye(8).int(),)]]),
         ValueError,
-        ("projectors[0]", "expected"),
+        ("factors[0][0]", "int32", "expected float32 or float64"),
     ),
     (
         "projector of another width",
-        lambda s: _igm_rs.project_([s.one.weight.detach()], [torch.eye(7)]),
+        lambda s: _igm_rs.project_([s.one.weight.detach()], [None], [[(torch.eye(7),)]]),
         ValueError,
-        ("projectors[0]", "7", "expected", "8"),
+        ("factors[0][0]", "7", "expected", "8"),
     ),
     (
         "gradients on two devices",

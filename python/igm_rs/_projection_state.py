@@ -141,11 +141,12 @@ def _check_made(layer: str, one: Any, shape: tuple[int, int]) -> None:
     values = one["singular_values"]
     if values is not None:
         several = [(d,), (2,)] if groups == 1 else [(groups, d)]
-        if not isinstance(values, torch.Tensor) or tuple(values.shape) not in several or values.is_meta:
+        if not isinstance(values, torch.Tensor) or tuple(values.shape) not in several:
             raise ValueError(
                 f"'singular_values' of {layer} in the state dict is {_shown(values)}, expected a tensor of shape "
                 f"{several[0]}"
             )
+        _check_tensor(layer, "singular_values", values, tuple(values.shape))
 
 
 def _check_covariance(layer: str, part: Any, shape: tuple[int, int]) -> None:
@@ -176,7 +177,7 @@ def _check_tensor(layer: str, key: str, tensor: Any, shape: tuple[int | None, ..
         raise ValueError(f"{where} is a {type(tensor).__name__}, expected a tensor")
     if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1]:
         width = tensor.shape[-1] if tensor.ndim else 0
-        raise ValueError(f"the state dict has width {width} for {layer}, expected {shape[-1]}")
+        raise ValueError(f"the state dict has width {width} for {layer}, expected {shape[-1]}: {where}")
     if any(size not in (None, found) for size, found in zip(shape, tensor.shape, strict=True)):
         raise ValueError(f"{where} has the shape {tuple(tensor.shape)}, expected {shape}")
     if not tensor.is_floating_point():
