@@ -114,7 +114,7 @@ def optim_error_inputs(device, dtype):
         refused("negative max_grad_norm", ValueError, rf"max_grad_norm is -1\.0, {number} > 0", max_grad_norm=-1.0),
         refused("preserve_rng as number", TypeError, r"preserve_rng is 1 \(int\), expected True", preserve_rng=1),
         refused("atomic as text", TypeError, r"atomic is 'no' \(str\), expected True or False", atomic="no"),
-        refused("unknown projector", ValueError, "projector is 'ridge', expected one of 'flat'", projector="ridge"),
+        refused("unknown projector", ValueError, "projector is 'steep', expected one of 'flat'", projector="steep"),
         refused("base of another kind", TypeError, "base is <class 'list'>, expected a class of torch", base=list),
         refused("LBFGS", TypeError, "the base optimizer is a LBFGS, expected one whose step", base=torch.optim.LBFGS),
         refused("unknown argument", TypeError, "unexpected keyword argument 'momentun'", momentun=0.9),
