@@ -301,7 +301,15 @@ def test_source_distribution_is_complete(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     with tarfile.open(tmp_path / igm_build.build_sdist(str(tmp_path))) as archive:
         names = {Path(name).relative_to(Path(name).parts[0]) for name in archive.getnames()}
-    patterns = ["src/*.*", "src/python/*", "python/igm_rs/**/*.py*", "tests/*.py", "build_backend/*.py", "notebooks/*.ipynb", ".cargo/*"]
+    patterns = [
+        "src/*.*",
+        "src/python/*",
+        "python/igm_rs/**/*.py*",
+        "tests/*.py",
+        "build_backend/*.py",
+        "notebooks/*.ipynb",
+        ".cargo/*",
+    ]
     wanted = {path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern) if path.suffix != ".pyc"}
     top = ["Cargo.toml", "Cargo.lock", "pyproject.toml", "build.rs", "Makefile", "README.md", "LICENSE", "CHANGELOG.md"]
     assert len(wanted) > 20
