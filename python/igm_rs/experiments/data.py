@@ -1,33 +1,52 @@
-"""The data: recorded sets read from their archives, split, standardised, and the test split kept shut until the end."""
+"""The data: examples split, standardised, checked; the test split shut until the end; and a registry of data sets."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["DATASETS", "DataSet", "Split", "load", "standardise", "windows"]
+__all__ = [
+    "KINDS",
+    "DataSet",
+    "Split",
+    "describe",
+    "expect",
+    "load",
+    "names",
+    "read",
+    "register",
+    "register_from",
+    "standardise",
+    "vocabulary_of",
+    "word_ids",
+    "words",
+]
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
 
-WINDOW, STRIDE = 200, 100
-"""Readings in a window of ``watch`` (4 s at 50 Hz), and from one window's start to the next."""
+KINDS = {2: "vector", 3: "series", 4: "picture"}
+"""What an array of numbers is by its number of dimensions; an array of strings is "title"."""
 
-VALIDATION_PEOPLE, TEST_PEOPLE = (7,), (8, 9, 10)
-"""People of ``watch`` that the training never sees."""
+PARTS = ("train", "validation", "test")
+"""Names of the splits, in messages as in :attr:`DataSet.sizes`."""
 
-CLASS_SHARES = (120, 40, 40)
-"""Of the 200 examples of each digit of ``mfeat``: for training, validation, test."""
-
-MFEAT_SEED = 0
-"""Of the permutation that splits ``mfeat``; the split is the same for every seed of the training."""
+PADDING, UNKNOWN = 0, 1
+"""Ids that no word has: what fills a title up; a word that the training split does not have."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +56,12 @@ class Split:
     Attributes
     ----------
     inputs : mapping of str to Tensor
-        float32, one tensor a modality, examples along dimension 0.
+        One tensor a modality, examples along dimension 0; for shapes and types see :attr:`DataSet.kinds`.
     labels : Tensor
         int64, ``(n,)``, classes from 0.
     origins : Tensor
-        int64, ``(n,)``: where each example comes from; the person for ``watch``, the row of the archive for ``mfeat``.
-        No origin is in two splits.
+        int64, ``(n,)``: where each example comes from; the person for ``watch``, the row of the archive for ``mfeat``,
+        the title for ``openclipart``. No origin is in two splits.
     """
 
     inputs: Mapping[str, Tensor]
@@ -56,33 +75,137 @@ class Split:
 
 @dataclass
 class DataSet:
-    """A set with three splits, of which the test split is shut.
+    """A set with three splits, of which the test split is shut. :meth:`of` makes one from arrays.
 
     Attributes
     ----------
-    name, title : str
-        As given on the command line; as shown in tables and pictures.
     classes : int
         Number of classes.
     train, validation : Split
         Open at all times.
+    kinds : mapping of str to str
+        What each modality is: "vector" ``(n, d)``, "series" ``(n, channels, readings)``, "picture" ``(n, channels,
+        height, width)``, all float32, or "title" ``(n, words)``, int64 ids of words, 0 where a title is shorter.
+    class_names : tuple of str
+        One a class.
+    vocabulary : mapping of str to int
+        For each modality of titles the number of ids, that of padding and that of unknown words among them.
+    name, title, licence, source : str
+        As given on the command line; as shown in tables and pictures; on what terms; from where. :func:`load` sets
+        them to what the set was registered with.
     test_openings : int
         How many times :meth:`open_test` was called.
     """
 
-    name: str
-    title: str
     classes: int
     train: Split
     validation: Split
     _test: Split | None = field(repr=False)
+    kinds: Mapping[str, str]
+    class_names: tuple[str, ...]
+    vocabulary: Mapping[str, int]
+    name: str = ""
+    title: str = ""
+    licence: str = ""
+    source: str = ""
     test_openings: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Mapping[str, npt.ArrayLike],
+        labels: npt.ArrayLike,
+        *,
+        validation: npt.ArrayLike,
+        test: npt.ArrayLike,
+        origins: npt.ArrayLike | None = None,
+        class_names: Sequence[str] | None = None,
+        file: Path | None = None,
+    ) -> DataSet:
+        """Check the arrays, split them, standardise numbers and turn titles into ids, both by the training split alone.
+
+        Parameters
+        ----------
+        inputs : mapping of str to array
+            One array a modality, in the order of training, examples along dimension 0: numbers ``(n, d)``, ``(n,
+            channels, readings)`` or ``(n, channels, height, width)``, finite; or strings ``(n,)``.
+        labels : array
+            Integers ``(n,)``, classes from 0; the training split has all of them.
+        validation, test : array
+            Booleans ``(n,)``: which examples belong to these splits; the rest is for training.
+        origins : array, optional
+            Integers ``(n,)`` that no two splits may share, such as the person that an example comes from. The place
+            of the example by default.
+        class_names : sequence of str, optional
+            One a class; the numbers by default.
+        file : Path, optional
+            Where the arrays come from, for messages.
+
+        Raises
+        ------
+        ValueError
+            If the arrays do not fit together: names the file, if given, and the reason.
+        """
+
+        def require(holds: Any, reason: str) -> None:
+            expect(bool(holds), file, reason)
+
+        given = {name: np.asarray(values) for name, values in inputs.items()}
+        require(given, "it has no modality")
+        targets = np.asarray(labels)
+        require(targets.ndim == 1, f"labels have {targets.ndim} dimensions, expected 1")
+        require(targets.dtype.kind in "iu", f"labels have dtype {targets.dtype}, expected integers")
+        count = len(targets)
+        later = {"validation": np.asarray(validation), "test": np.asarray(test)}
+        places = np.arange(count) if origins is None else np.asarray(origins)
+        for name, values in (*given.items(), *later.items(), ("origins", places)):
+            rows = values.shape[0] if values.ndim else 0
+            require(rows == count, f"{name} has {rows} rows, there are {count} labels")
+        for name, mask in later.items():
+            require(mask.dtype == bool, f"{name} has dtype {mask.dtype}, expected bool")
+            require(mask.ndim == 1, f"{name} has {mask.ndim} dimensions, expected 1")
+        require(places.ndim == 1, f"origins has {places.ndim} dimensions, expected 1")
+        require(places.dtype.kind in "iu", f"origins has dtype {places.dtype}, expected integers")
+        twice = int((later["validation"] & later["test"]).sum())
+        require(not twice, f"{twice} examples belong to validation and to test")
+        masks = {"train": ~(later["validation"] | later["test"]), **later}
+        for part, mask in masks.items():
+            require(mask.any(), f"no example belongs to the {part} split")
+        _check_origins(places, masks, require)
+        classes = int(targets.max()) + 1 if class_names is None else len(class_names)
+        low, high = int(targets.min()), int(targets.max())
+        require(low >= 0 and high < classes, f"labels go from {low} to {high}, expected 0 to {classes - 1}")
+        require(classes > 1, "it has 1 class, expected 2 or more")
+        absent = sorted(set(range(classes)) - set(targets[masks["train"]].tolist()))
+        require(not absent, f"no training example has label {', '.join(map(str, absent))}")
+        kinds, vocabulary, ready = {}, {}, {}
+        for name, values in given.items():
+            kinds[name] = _kind(name, values, require)
+            if kinds[name] == "title":
+                texts = [words(str(text)) for text in values]
+                ids = vocabulary_of([text for text, mine in zip(texts, masks["train"], strict=True) if mine])
+                require(ids, f"{name} holds no word in the training split")
+                longest = max(len(text) for text, mine in zip(texts, masks["train"], strict=True) if mine)
+                ready[name] = torch.from_numpy(word_ids(texts, ids, longest))
+                vocabulary[name] = UNKNOWN + 1 + len(ids)
+            else:
+                ready[name] = torch.from_numpy(standardise(values, masks["train"]))
+        splits = {}
+        for part, mask in masks.items():
+            chosen = torch.from_numpy(mask)
+            splits[part] = Split(
+                {name: values[chosen] for name, values in ready.items()},
+                torch.from_numpy(targets.astype(np.int64))[chosen],
+                torch.from_numpy(places.astype(np.int64))[chosen],
+            )
+        named = tuple(map(str, range(classes) if class_names is None else class_names))
+        return cls(classes, splits["train"], splits["validation"], splits["test"], kinds, named, vocabulary)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of examples in each split; asking does not open the test split."""
-        parts = {"train": self.train, "validation": self.validation, "test": self._test}
-        return {name: len(part) for name, part in parts.items() if part is not None}
+        parts = zip(PARTS, (self.train, self.validation, self._test), strict=True)
+        return {name: len(part) for name, part in parts if part is not None}
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -104,41 +227,36 @@ class DataSet:
 
     def without_test(self) -> DataSet:
         """Return the same set with no test split in it, for choosing settings."""
-        return DataSet(self.name, self.title, self.classes, self.train, self.validation, None)
+        return replace(self, _test=None, test_openings=0)
 
 
-def windows(series: Floats, lengths: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Cut series that lie end to end into windows that overlap by half, never across two series.
-
-    Parameters
-    ----------
-    series : ndarray
-        ``(readings, channels)``.
-    lengths : ndarray
-        Readings of each series, in their order.
-
-    Returns
-    -------
-    ndarray, ndarray
-        Windows ``(n, channels, 200)``, and for each the index of its series.
-    """
-    ends = np.cumsum(lengths)
-    begins = ends - lengths
-    cut, origin = [], []
-    for index, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-        for start in range(begin, end - WINDOW + 1, STRIDE):
-            cut.append(series[start : start + WINDOW].T)
-            origin.append(index)
-    return np.stack(cut), np.asarray(origin, dtype=np.int64)
+def _check_origins(places: Array, masks: Mapping[str, Mask], require: Callable[[Any, str], None]) -> None:
+    """Refuse splits that have an origin in common."""
+    held = {part: set(places[mask].tolist()) for part, mask in masks.items()}
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        common = sorted(held[one] & held[other])
+        require(not common, f"{one} and {other} have {len(common)} origins in common, the first is {common[:1]}")
 
 
-def standardise(values: Floats, training: npt.NDArray[np.bool_]) -> Floats:
+def _kind(name: str, values: Array, require: Callable[[Any, str], None]) -> str:
+    """Return what a modality is, by its array."""
+    if values.dtype.kind == "U":
+        require(values.ndim == 1, f"{name} holds strings in {values.ndim} dimensions, expected 1")
+        return "title"
+    require(values.dtype.kind in "iuf", f"{name} has dtype {values.dtype}, expected numbers or strings")
+    require(values.ndim in KINDS, f"{name} has {values.ndim} dimensions, expected 2, 3 or 4, or strings")
+    require(values.size, f"{name} has shape {values.shape}, expected no empty dimension")
+    require(np.isfinite(values).all(), f"{name} holds values that are not finite")
+    return KINDS[values.ndim]
+
+
+def standardise(values: Array, training: Mask) -> Floats:
     """Shift and scale each feature by its mean and standard deviation over the training examples only.
 
     Parameters
     ----------
     values : ndarray
-        ``(n, features)``, or ``(n, channels, readings)`` with one mean and one deviation a channel.
+        ``(n, features)``, or with more dimensions ``(n, channels, …)``, with one mean and one deviation a channel.
     training : ndarray of bool
         ``(n,)``, which examples may be looked at.
 
@@ -147,7 +265,7 @@ def standardise(values: Floats, training: npt.NDArray[np.bool_]) -> Floats:
     ndarray
         float32, the shape of `values`. A feature that is constant in training is only shifted.
     """
-    axes = (0, 2) if values.ndim == 3 else (0,)
+    axes = (0, *range(2, values.ndim))
     seen = values[training].astype(np.float64)
     mean = seen.mean(axes, keepdims=True)
     deviation = seen.std(axes, keepdims=True)
@@ -155,125 +273,262 @@ def standardise(values: Floats, training: npt.NDArray[np.bool_]) -> Floats:
     return scaled
 
 
-def load(name: str, folder: Path) -> DataSet:
+def words(text: str) -> list[str]:
+    """Return the words of a title in small letters: runs of letters, so that "Flag-2" and "flag" are one word."""
+    return re.findall(r"[^\W\d_]+", text.lower())
+
+
+def vocabulary_of(texts: Iterable[Sequence[str]]) -> dict[str, int]:
+    """Return an id from 2 for each word of the texts that are given, the most frequent first; 0 and 1 mean no word."""
+    counts = Counter(word for text in texts for word in text)
+    ordered = sorted(counts, key=lambda word: (-counts[word], word))
+    return {word: place for place, word in enumerate(ordered, start=UNKNOWN + 1)}
+
+
+def word_ids(texts: Sequence[Sequence[str]], ids: Mapping[str, int], length: int) -> npt.NDArray[np.int64]:
+    """Return the ids of the first `length` words of each text.
+
+    Parameters
+    ----------
+    texts : sequence of sequence of str
+        n texts, as words.
+    ids : mapping of str to int
+        The vocabulary; a word that it lacks becomes 1.
+    length : int
+        Words that are kept.
+
+    Returns
+    -------
+    ndarray
+        int64, ``(n, length)``, filled up with 0.
+    """
+    out = np.full((len(texts), length), PADDING, dtype=np.int64)
+    for row, text in zip(out, texts, strict=True):
+        found = [ids.get(word, UNKNOWN) for word in text[:length]]
+        row[: len(found)] = found
+    return out
+
+
+Loader = Callable[[Path], DataSet]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered set: how it is read, what is said about it, and where its files are looked for."""
+
+    loader: Loader
+    title: str
+    licence: str
+    source: str
+    baselines: Mapping[str, float]
+    folder: Path
+    defined: Path
+
+
+_SETS: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    *,
+    title: str,
+    licence: str,
+    source: str,
+    baselines: Mapping[str, float] | None = None,
+    folder: Path | None = None,
+) -> Callable[[Loader], Loader]:
+    """Return a decorator that makes a data set known by its name.
+
+    It stands above a function that takes a folder, reads the set's files there (:func:`read`) and returns
+    ``DataSet.of(…)``.
+
+    Parameters
+    ----------
+    name : str
+        For the command line and for names of files: letters, digits, ``-`` and ``_``.
+    title : str
+        For tables and pictures.
+    licence, source : str
+        The terms of the data; where they come from and what to cite.
+    baselines : mapping of str to float, optional
+        Test accuracies that plain training is known to reach, by modality or method, to be shown beside the set.
+    folder : Path, optional
+        Where the files are looked for unless :func:`load` is told a folder; that of the function's file by default.
+
+    Raises
+    ------
+    ValueError
+        If the name is unfit, or another file has registered it.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"data set is called {name!r}, expected letters, digits, '-' and '_' only")
+
+    def keep(loader: Loader) -> Loader:
+        defined = Path(loader.__code__.co_filename).resolve()
+        known = _SETS.get(name)
+        if known is not None and known.defined != defined:
+            raise ValueError(f"data set {name!r} is registered by {known.defined} already, {defined} cannot do it too")
+        home = defined.parent if folder is None else folder
+        _SETS[name] = Entry(loader, title, licence, source, dict(baselines or {}), home, defined)
+        return loader
+
+    return keep
+
+
+def register_from(file: Path) -> list[str]:
+    """Run a Python file that registers data sets, and return the names of these.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there.
+    ValueError
+        If it cannot be run, or registers no data set: names the file and the reason.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"file {file} does not exist, expected a Python file that registers data sets")
+    path = file.resolve()
+    module = f"igm_rs_registered_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"file {file} cannot be run: its name does not end in .py")
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[module] = made  # as any import does; a loader's annotations are looked up there
+    try:
+        spec.loader.exec_module(made)
+    except Exception as error:
+        raise ValueError(f"file {file} cannot be run: {type(error).__name__}: {error}") from error
+    found = [name for name, entry in _SETS.items() if entry.defined == path]
+    if not found:
+        raise ValueError(f"file {file} registers no data set, expected a function under @register(…)")
+    return found
+
+
+def names() -> list[str]:
+    """Return the names of all data sets, ours first."""
+    from . import sets  # registers ours
+
+    ours = [name for name, entry in _SETS.items() if entry.defined == Path(sets.__file__).resolve()]
+    return ours + [name for name in _SETS if name not in ours]
+
+
+def load(name: str, folder: Path | None = None) -> DataSet:
     """Read a data set and split it.
 
     Parameters
     ----------
     name : str
-        A key of :data:`DATASETS`.
-    folder : Path
-        Where its archive ``<name>.npz`` lies.
+        One of :func:`names`.
+    folder : Path, optional
+        Where its files lie; by default the archives that come with the package, for a set of the user's the folder of
+        the file that registers it.
 
     Raises
     ------
     FileNotFoundError
-        If the archive is not there.
+        If a file is not there.
+    TypeError
+        If the registered function returns no :class:`DataSet`.
     ValueError
-        If `name` is unknown, or the archive is damaged or is another one: names the file, the reason and what to do.
+        If `name` is unknown, or a file is damaged or is another one: names the file and the reason.
     """
-    if name not in DATASETS:
-        raise ValueError(f"data set is {name!r}, expected one of {', '.join(DATASETS)}")
-    return DATASETS[name](folder)
-
-
-def _load_watch(folder: Path) -> DataSet:
-    """Accelerometer and gyroscope of a wrist watch; the people of each split are others."""
-    path = folder / "watch.npz"
-    arrays = _read(path, {"X": 2, "n": 1, "y": 1, "subject": 1})
-    lengths = arrays["n"].astype(np.int64)
-    _expect(arrays["X"].shape[1] == 6, path, f"X has {arrays['X'].shape[1]} columns, expected 6")
-    readings = len(arrays["X"])
-    _expect(int(lengths.sum()) == readings, path, f"n adds up to {lengths.sum()}, X has {readings} rows")
-    counts = [len(arrays[name]) for name in ("n", "y", "subject")]
-    _expect(len(set(counts)) == 1, path, f"n, y and subject have {counts} entries, expected one for each series")
-    _expect(bool((lengths >= WINDOW).any()), path, f"no series has {WINDOW} readings")
-    cut, series = windows(arrays["X"].astype(np.float32), lengths)
-    person = arrays["subject"].astype(np.int64)[series]
-    validation, test = np.isin(person, VALIDATION_PEOPLE), np.isin(person, TEST_PEOPLE)
-    training = ~(validation | test)
-    views = {"accelerometer": cut[:, :3], "gyroscope": cut[:, 3:]}
-    labels = arrays["y"].astype(np.int64)[series]
-    masks = (training, validation, test)
-    return _assemble("watch", "watch: exercises of unseen people", path, views, labels, person, masks)
-
-
-def _load_mfeat(folder: Path) -> DataSet:
-    """Handwritten digits in three descriptions; the same share of every digit in each split."""
-    path = folder / "mfeat.npz"
-    views = ("fou", "zer", "mor")
-    arrays = _read(path, {"y": 1, **dict.fromkeys(views, 2)})
-    labels = arrays["y"].astype(np.int64)
-    for view in views:
-        _expect(len(arrays[view]) == len(labels), path, f"{view} has {len(arrays[view])} rows, y has {len(labels)}")
-    counts = np.bincount(labels)
-    enough = bool((counts == sum(CLASS_SHARES)).all())
-    _expect(enough, path, f"classes have {counts.tolist()} examples, expected {sum(CLASS_SHARES)} each")
-    part = np.empty(len(labels), dtype=np.int64)
-    draw = np.random.default_rng(MFEAT_SEED)
-    for digit in range(len(counts)):
-        part[draw.permutation(np.flatnonzero(labels == digit))] = np.repeat(np.arange(3), CLASS_SHARES)
-    given = {view: arrays[view].astype(np.float32) for view in views}
-    masks = (part == 0, part == 1, part == 2)
-    return _assemble("mfeat", "mfeat: handwritten digits", path, given, labels, np.arange(len(labels)), masks)
-
-
-DATASETS: dict[str, Callable[[Path], DataSet]] = {"watch": _load_watch, "mfeat": _load_mfeat}
-"""Every data set by name, with the function that reads it from a folder."""
-
-
-def _assemble(
-    name: str,
-    title: str,
-    path: Path,
-    views: Mapping[str, Floats],
-    labels: npt.NDArray[np.int64],
-    origins: npt.NDArray[np.int64],
-    masks: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]],
-) -> DataSet:
-    """Standardise with the training split and build the three splits."""
-    for view, values in views.items():
-        _expect(bool(np.isfinite(values).all()), path, f"{view} holds values that are not finite")
-    for part, mask in zip(("training", "validation", "test"), masks, strict=True):
-        _expect(bool(mask.any()), path, f"no example belongs to the {part} split")
-    scaled = {view: standardise(values, masks[0]) for view, values in views.items()}
-    train, validation, test = (
-        Split(
-            {view: torch.from_numpy(values[mask]) for view, values in scaled.items()},
-            torch.from_numpy(labels[mask]),
-            torch.from_numpy(origins[mask]),
+    entry = _entry(name)
+    found = entry.loader(entry.folder if folder is None else folder)
+    if not isinstance(found, DataSet):
+        raise TypeError(
+            f"the function that {entry.defined} registers as {name!r} returned a {type(found).__name__}, "
+            "expected a DataSet"
         )
-        for mask in masks
-    )
-    return DataSet(name, title, int(labels.max()) + 1, train, validation, test)
+    return replace(found, name=name, title=entry.title, licence=entry.licence, source=entry.source)
 
 
-def _read(path: Path, dimensions: Mapping[str, int]) -> dict[str, Array]:
-    """Read the named arrays of an archive and check their number of dimensions."""
+def describe(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """Return what there is to know about a set before training; the test split stays shut.
+
+    Returns
+    -------
+    dict
+        ``name``, ``title``, ``licence``, ``source``; ``sizes`` by split; ``classes``; ``balance``, examples of each
+        class in the training split by its name; ``majority``, the share of the most frequent class there;
+        ``modalities``, for each its ``kind``, the ``shape`` of an example and, of titles, the size of the
+        ``vocabulary``; ``baselines``, test accuracies of plain training.
+    """
+    entry, found = _entry(name), load(name, folder)
+    counts = found.train.labels.bincount(minlength=found.classes).tolist()
+    return {
+        "name": name,
+        "title": entry.title,
+        "licence": entry.licence,
+        "source": entry.source,
+        "sizes": found.sizes,
+        "classes": found.classes,
+        "balance": dict(zip(found.class_names, counts, strict=True)),
+        "majority": max(counts) / sum(counts),
+        "modalities": {
+            modality: {"kind": found.kinds[modality], "shape": tuple(values.shape[1:])}
+            | ({"vocabulary": found.vocabulary[modality]} if modality in found.vocabulary else {})
+            for modality, values in found.train.inputs.items()
+        },
+        "baselines": dict(entry.baselines),
+    }
+
+
+def _entry(name: str) -> Entry:
+    known = names()
+    if name not in known:
+        raise ValueError(f"data set is {name!r}, expected one of {', '.join(known)}")
+    return _SETS[name]
+
+
+def read(path: Path, dimensions: Mapping[str, int], *, numbers: bool = False) -> dict[str, Array]:
+    """Read the named arrays of a NumPy archive and check what they are.
+
+    Parameters
+    ----------
+    path : Path
+        An ``.npz`` file. Pickled objects in it are refused.
+    dimensions : mapping of str to int
+        The number of dimensions that each array must have; others in the archive are left alone.
+    numbers : bool
+        Whether strings are refused.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file is not there.
+    ValueError
+        If it is no such archive, or an array is missing, has other dimensions, or holds neither numbers nor strings.
+    """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"data file {path} does not exist: give the folder that holds {path.name} with --data "
-            "(the repository ships it in data/)"
-        )
+        raise FileNotFoundError(f"data file {path} does not exist, expected a NumPy archive")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in dimensions if name not in archive]
             arrays = {name: archive[name] for name in dimensions if name in archive}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise _foreign(path, f"it is no NumPy archive that can be read ({error})") from error
-    _expect(not missing, path, f"it has no array {', '.join(missing)}")
+    expect(not missing, path, f"it has no array {', '.join(missing)}")
+    kinds, words_for = ("iuf", "numbers") if numbers else ("iufU", "numbers or strings")
     for name, wanted in dimensions.items():
-        _expect(arrays[name].ndim == wanted, path, f"{name} has {arrays[name].ndim} dimensions, expected {wanted}")
-        _expect(arrays[name].dtype.kind in "iuf", path, f"{name} has dtype {arrays[name].dtype}, expected numbers")
+        array = arrays[name]
+        expect(array.ndim == wanted, path, f"{name} has {array.ndim} dimensions, expected {wanted}")
+        expect(array.dtype.kind in kinds, path, f"{name} has dtype {array.dtype}, expected {words_for}")
     return arrays
 
 
-def _expect(holds: bool, path: Path, reason: str) -> None:
-    """Refuse the archive, with the reason, unless the condition holds."""
+def expect(holds: bool, path: Path | None, reason: str) -> None:
+    """Refuse a file's content, with the reason, unless the condition holds.
+
+    Raises
+    ------
+    ValueError
+        If it does not.
+    """
     if not holds:
         raise _foreign(path, reason)
 
 
-def _foreign(path: Path, reason: str) -> ValueError:
-    """Return the error for an archive that is not the one that ships with the repository."""
-    return ValueError(f"data file {path} is not the expected one: {reason}; take the copy in the repository's data/")
+def _foreign(path: Path | None, reason: str) -> ValueError:
+    """Return the error for data that are not what was expected."""
+    where = "the data are" if path is None else f"data file {path} is"
+    return ValueError(f"{where} not as expected: {reason}")

@@ -1,21 +1,35 @@
-"""The networks: one encoder a modality, and either a head of its own for each or one linear head for all."""
+"""The networks: an encoder a modality by what it is, and heads: the paper's, one for all, joined, or on a trunk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .data import DataSet
+from .data import PADDING, DataSet
 
-__all__ = ["FEATURES", "Branches", "ConvEncoder", "DenseEncoder", "three_layer_head"]
+__all__ = [
+    "FEATURES",
+    "Branches",
+    "DenseEncoder",
+    "Head",
+    "PictureEncoder",
+    "SeriesEncoder",
+    "TitleEncoder",
+    "three_layer_head",
+    "trunk",
+]
 
 FEATURES = 64
 """Size d of every encoder's output, so that one head can serve all modalities."""
 
+Head = Literal["own", "shared", "concat", "trunk"]
 
-class ConvEncoder(nn.Module):
+
+class SeriesEncoder(nn.Module):
     """Three strided convolutions over time and their mean: windows ``(n, channels, readings)`` to ``(n, 64)``.
 
     Normalised by groups of channels within each window: nothing is remembered from batch to batch, so a second
@@ -42,6 +56,47 @@ class ConvEncoder(nn.Module):
         return features
 
 
+class PictureEncoder(nn.Module):
+    """Three strided convolutions and their mean over the picture: ``(n, channels, height, width)`` to ``(n, 64)``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 16, kernel_size=3, padding=1),
+            nn.GroupNorm(4, 16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1),
+            nn.GroupNorm(4, 32),
+            nn.ReLU(),
+            nn.Conv2d(32, FEATURES, kernel_size=3, stride=2, padding=1),
+            nn.GroupNorm(4, FEATURES),
+            nn.ReLU(),
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return the features ``(n, 64)``."""
+        features: Tensor = self.layers(pictures).mean((-2, -1))
+        return features
+
+
+class TitleEncoder(nn.Module):
+    """The mean of a title's word vectors and a dense layer: ids ``(n, words)`` to ``(n, 64)``.
+
+    Padding (id 0) has no part in the mean; a title without a word is a vector of zeros.
+    """
+
+    def __init__(self, ids: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(ids, FEATURES, padding_idx=PADDING)
+        self.layers = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.ReLU())
+
+    def forward(self, titles: Tensor) -> Tensor:
+        """Return the features ``(n, 64)``."""
+        count = (titles != PADDING).sum(-1, keepdim=True).clamp_min(1)
+        features: Tensor = self.layers(self.table(titles).sum(-2) / count)
+        return features
+
+
 class DenseEncoder(nn.Sequential):
     """Two dense layers: feature vectors ``(n, size)`` to ``(n, 64)``."""
 
@@ -49,66 +104,149 @@ class DenseEncoder(nn.Sequential):
         super().__init__(nn.Linear(size, 128), nn.ReLU(), nn.Linear(128, FEATURES), nn.ReLU())
 
 
-def three_layer_head(classes: int) -> nn.Sequential:
-    """Return the paper's head, FC(d × 256), ReLU, FC(256 × 64), FC(64 × c) (its section 4.2)."""
-    return nn.Sequential(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, 64), nn.Linear(64, classes))
+def three_layer_head(classes: int, size: int = FEATURES) -> nn.Sequential:
+    """Return the paper's head, FC(size × 256), ReLU, FC(256 × 64), FC(64 × c) (its section 4.2)."""
+    return nn.Sequential(nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 64), nn.Linear(64, classes))
+
+
+def trunk() -> nn.Sequential:
+    """Return what all modalities may share: two dense layers, features ``(n, 64)`` to ``(n, 64)``."""
+    return nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.ReLU(), nn.Linear(FEATURES, FEATURES), nn.ReLU())
 
 
 class Branches(nn.Module):
-    """An encoder and a head for each modality.
+    """An encoder for each modality, and what makes logits of their features. :meth:`of` builds it.
 
-    Parameters
+    Attributes
     ----------
-    inputs : mapping of str to Tensor
-        An example batch of each modality; 3-D gets a :class:`ConvEncoder`, 2-D a :class:`DenseEncoder`.
-    classes : int
-        Number of classes.
-    shared_head : bool
-        One linear layer for all modalities (MLA) in place of a three-layer head for each.
-    seed : int
-        Of the initial weights. A modality's weights depend on the seed and its own name's place in `order` only, so
-        that every method starts a modality from the same encoder and, with heads of its own, the same head.
-    order : sequence of str
-        All modalities of the data set.
+    encoders : ModuleDict
+        By modality, all to ``(n, 64)``.
+    heads : ModuleDict
+        By modality; empty where there is one head for all.
+    head : Module or None
+        The head for all: MLA's linear layer, or the three-layer head over the features of all modalities side by side.
+    trunk : Module or None
+        What all modalities share between encoder and head.
     """
 
     def __init__(
-        self, inputs: Mapping[str, Tensor], classes: int, *, shared_head: bool, seed: int, order: Sequence[str]
+        self,
+        encoders: nn.ModuleDict,
+        heads: nn.ModuleDict,
+        head: nn.Module | None,
+        trunk: nn.Module | None,
+        joined: bool,
     ) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
-        self.head: nn.Linear | None = None
-        with torch.random.fork_rng(devices=[]):
-            for name, values in inputs.items():
-                torch.manual_seed(1000 * seed + order.index(name))
-                self.encoders[name] = (ConvEncoder if values.ndim == 3 else DenseEncoder)(values.shape[1])
-                if not shared_head:
-                    self.heads[name] = three_layer_head(classes)
-            if shared_head:
-                torch.manual_seed(1000 * seed + len(order))
-                self.head = nn.Linear(FEATURES, classes)
+        self.encoders, self.heads, self.head, self.trunk = encoders, heads, head, trunk
+        self._joined = joined
 
     @classmethod
-    def of(cls, data: DataSet, modalities: Sequence[str], *, shared_head: bool, seed: int) -> Branches:
-        """Return the network for `modalities` of a data set."""
-        inputs = {name: data.train.inputs[name] for name in modalities}
-        return cls(inputs, data.classes, shared_head=shared_head, seed=seed, order=data.modalities)
+    def of(cls, data: DataSet, modalities: Sequence[str], *, head: Head, seed: int) -> Branches:
+        """Return the network for `modalities` of a data set.
+
+        Parameters
+        ----------
+        data : DataSet
+            Its kinds of modalities decide on the encoders.
+        modalities : sequence of str
+            Those that the network has.
+        head : {"own", "shared", "concat", "trunk"}
+            A three-layer head for each modality (the paper); one linear layer for all (MLA); one three-layer head over
+            all features side by side; a trunk for all, and a linear layer for each.
+        seed : int
+            Of the initial weights. Those of a modality's encoder, and of the head that is its own, depend on the seed
+            and on the modality's place in the data set only: every method starts a modality alike.
+
+        Raises
+        ------
+        ValueError
+            If `head` is unknown, or a modality is.
+        """
+        if head not in ("own", "shared", "concat", "trunk"):
+            raise ValueError(f"head is {head!r}, expected 'own', 'shared', 'concat' or 'trunk'")
+        for name in modalities:
+            if name not in data.modalities:
+                raise ValueError(f"modality is {name!r}, expected one of {', '.join(data.modalities)}")
+        encoders, heads = nn.ModuleDict(), nn.ModuleDict()
+        common: nn.Module | None = None
+        between: nn.Module | None = None
+        with torch.random.fork_rng(devices=[]):
+            for name in modalities:
+                torch.manual_seed(1000 * seed + data.modalities.index(name))
+                encoders[name] = _encoder(data, name)
+                if head == "own":
+                    heads[name] = three_layer_head(data.classes)
+                elif head == "trunk":
+                    heads[name] = nn.Linear(FEATURES, data.classes)
+            torch.manual_seed(1000 * seed + len(data.modalities))
+            if head == "shared":
+                common = nn.Linear(FEATURES, data.classes)
+            elif head == "concat":
+                common = three_layer_head(data.classes, FEATURES * len(modalities))
+            elif head == "trunk":
+                between = trunk()
+        return cls(encoders, heads, common, between, head == "concat")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities, in order."""
+        return tuple(self.encoders)
 
     def head_of(self, modality: str) -> nn.Module:
-        """Return the head that follows this modality's encoder."""
+        """Return the head that makes this modality's logits."""
         return self.heads[modality] if self.head is None else self.head
 
+    def parts_of(self, modality: str) -> list[nn.Module]:
+        """Return everything that a step of this modality trains, from the input to the output."""
+        parts = (self.encoders[modality], self.trunk, self.head_of(modality))
+        return [part for part in parts if part is not None]
+
     def branch(self, modality: str, inputs: Tensor) -> Tensor:
-        """Return the logits ``(n, c)`` of one modality."""
-        logits: Tensor = self.head_of(modality)(self.encoders[modality](inputs))
+        """Return the logits ``(n, c)`` of one modality; a joined head is given zeros for the other features."""
+        features = self.encoders[modality](inputs)
+        if self._joined:
+            none = torch.zeros_like(features)
+            features = torch.cat([features if name == modality else none for name in self.encoders], -1)
+        elif self.trunk is not None:
+            features = self.trunk(features)
+        logits: Tensor = self.head_of(modality)(features)
         return logits
+
+    def joint(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits ``(n, c)`` of all modalities: of a joined head its own, else the sum of the branches'."""
+        if self._joined and self.head is not None:
+            logits: Tensor = self.head(torch.cat([self.encoders[name](inputs[name]) for name in self.encoders], -1))
+            return logits
+        return torch.stack([self.branch(name, inputs[name]) for name in self.encoders]).sum(0)
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the logits of every modality of the network, without gradients and in evaluation mode."""
-        training = self.training
-        self.eval()
-        out = {name: self.branch(name, inputs[name]) for name in self.encoders}
-        self.train(training)
-        return out
+        """Return the logits ``(n, c)`` of every modality, without gradients and in evaluation mode."""
+        with _evaluated(self):
+            return {name: self.branch(name, inputs[name]) for name in self.encoders}
+
+    @torch.no_grad()
+    def joint_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return what :meth:`joint` does, without gradients and in evaluation mode."""
+        with _evaluated(self):
+            return self.joint(inputs)
+
+
+def _encoder(data: DataSet, modality: str) -> nn.Module:
+    kind = data.kinds[modality]
+    if kind == "title":
+        return TitleEncoder(data.vocabulary[modality])
+    channels = data.train.inputs[modality].shape[1]
+    return {"vector": DenseEncoder, "series": SeriesEncoder, "picture": PictureEncoder}[kind](channels)
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Hold a model in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
