@@ -1,26 +1,40 @@
-"""The measures: accuracy, macro-F1 and negative log-likelihood of every branch and of every way to fuse them."""
+"""The measures: accuracy, mean average precision, macro-F1 and NLL of every branch and of every way to fuse them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_average_precision,
+    multiclass_f1_score,
+)
 
 from igm_rs import fusion
 
-from .data import DataSet
+from .data import DataSet, Split
 from .networks import Branches
 
-__all__ = ["FUSIONS", "MEASURES", "Scores", "accuracy", "evaluate"]
+__all__ = ["FUSIONS", "JOINT", "MEASURES", "Evaluation", "Scores", "accuracy", "evaluate", "measures", "predictions"]
 
-FUSIONS = ("mean", "sum", "entropy", "calibrated")
-"""Mean of the softmax outputs; softmax of the summed logits, which is what joint training optimises; MLA's entropy
-weights; product of softmax outputs with temperatures fitted on the validation split."""
+FUSIONS = ("mean", "entropy", "calibrated", "sum")
+"""Mean of the softmax outputs; MLA's entropy weights; product of softmax outputs with temperatures fitted on the
+validation split; softmax of the summed logits, which is what joint training by summation optimises."""
 
-MEASURES = ("accuracy", "macro_f1", "nll")
+JOINT = "joint"
+"""Name of the prediction of a head that takes all modalities at once; such a network has it beside its fusions."""
+
+MEASURES = ("accuracy", "map", "macro_f1", "nll")
+"""All but the last are better when larger."""
 
 Scores = dict[str, dict[str, float]]
 """Measure to (modality or fusion to value)."""
+
+Weights = Mapping[str, Tensor]
+"""A state dict."""
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -36,40 +50,135 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     return float(multiclass_accuracy(scores.argmax(-1), labels, scores.shape[-1], average="micro"))
 
 
-def evaluate(model: Branches, data: DataSet) -> tuple[Scores, dict[str, float]]:
-    """Measure a finished model on the test split, which this opens once.
+def measures(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return all :data:`MEASURES` of one prediction.
 
-    The temperatures of the calibrated product are fitted on the validation split before the test split is opened.
+    Parameters
+    ----------
+    probabilities : Tensor
+        ``(n, c)``, rows that sum to 1.
+    labels : Tensor
+        ``(n,)``, int64, classes.
+
+    Returns
+    -------
+    dict of str to float
+        ``accuracy``, the share of examples whose largest probability is that of their label; ``map``, the mean over the
+        classes of the average precision of telling this class from all others; ``macro_f1``, the mean over the classes
+        of the F1 score; ``nll``, the mean negative log-likelihood in nats. A class of which there is no example has no
+        average precision and is left out of that mean; it is left out of macro-F1 if it is never predicted either.
+    """
+    classes = probabilities.shape[-1]
+    # torchmetrics takes numbers past 1, even those of rounding, for logits
+    precision = multiclass_average_precision(probabilities.clamp(0, 1), labels, classes, average="none")
+    present = torch.bincount(labels, minlength=classes) > 0
+    chosen = probabilities.gather(-1, labels[:, None]).double()
+    return {
+        "accuracy": accuracy(probabilities, labels),
+        "map": float(precision[present].mean()),
+        "macro_f1": float(multiclass_f1_score(probabilities.argmax(-1), labels, classes, average="macro")),
+        "nll": float(-chosen.clamp_min(torch.finfo(torch.float64).tiny).log().mean()),
+    }
+
+
+def predictions(model: Branches, split: Split, product: fusion.CalibratedProduct) -> dict[str, Tensor]:
+    """Return the probabilities ``(n, c)``, float64, of each modality, of each fusion, and of a joint head.
 
     Parameters
     ----------
     model : Branches
-        The model, with one modality or more.
-    data : DataSet
-        The set; its test split must be there.
-
-    Returns
-    -------
-    Scores, dict of str to float
-        Each measure for every modality of the model and, where there are several, every fusion; the temperatures.
+        The network, with one modality or more; of a single modality there is no fusion.
+    split : Split
+        The examples.
+    product : CalibratedProduct
+        Fitted on logits of the same network.
     """
-    product = fusion.fit(model.logits(data.validation.inputs), data.validation.labels)
-    test = data.open_test()
-    logits = model.logits(test.inputs)
-    predictions = {name: torch.softmax(values, -1) for name, values in logits.items()}
+    logits = {name: values.double() for name, values in model.logits(split.inputs).items()}
+    out = {name: torch.softmax(values, -1) for name, values in logits.items()}
     if len(logits) > 1:
-        predictions |= {
+        out |= {
             "mean": fusion.mean(logits),
-            "sum": torch.softmax(torch.stack(list(logits.values())).sum(0), -1),
             "entropy": fusion.entropy_weighted(logits),
             "calibrated": product(logits),
+            "sum": torch.softmax(torch.stack(list(logits.values())).sum(0), -1),
         }
-    scores: Scores = {measure: {} for measure in MEASURES}
-    for name, probabilities in predictions.items():
-        scores["accuracy"][name] = accuracy(probabilities, test.labels)
-        scores["macro_f1"][name] = float(
-            multiclass_f1_score(probabilities.argmax(-1), test.labels, data.classes, average="macro")
-        )
-        chosen = probabilities.gather(-1, test.labels[:, None]).double()
-        scores["nll"][name] = float(-chosen.clamp_min(torch.finfo(torch.float64).tiny).log().mean())
-    return scores, {str(name): value for name, value in product.temperatures.items()}
+    if model.joined:
+        out[JOINT] = torch.softmax(model.joint_logits(split.inputs).double(), -1)
+    return out
+
+
+def calibrated(model: Branches, data: DataSet) -> fusion.CalibratedProduct:
+    """Return the calibrated product of a network's branches, its temperatures fitted on the validation split."""
+    return fusion.fit(model.logits(data.validation.inputs), data.validation.labels)
+
+
+def score(model: Branches, split: Split, product: fusion.CalibratedProduct) -> Scores:
+    """Return all :data:`MEASURES` of all :func:`predictions` on a split; parameters as there."""
+    of = {name: measures(values, split.labels) for name, values in predictions(model, split, product).items()}
+    return {measure: {name: values[measure] for name, values in of.items()} for measure in MEASURES}
+
+
+def watched(model: Branches, split: Split, product: fusion.CalibratedProduct) -> dict[str, float]:
+    """Return the accuracy of all :func:`predictions` on a split, for training curves; parameters as there."""
+    return {name: accuracy(values, split.labels) for name, values in predictions(model, split, product).items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a finished run gives on the test split.
+
+    Attributes
+    ----------
+    scores : dict of str to Scores
+        For each set of weights, by the name given to it.
+    temperatures : dict of str to dict
+        For each set of weights, the temperature of each modality in the calibrated product.
+    """
+
+    scores: dict[str, Scores]
+    temperatures: dict[str, dict[str, float]]
+
+
+def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights]) -> Evaluation:
+    """Measure finished weights on the test split, which this opens once for all of them.
+
+    All temperatures are fitted on the validation split before the test split is opened.
+
+    Parameters
+    ----------
+    model : Branches
+        The network; it has the last of the weights afterwards.
+    data : DataSet
+        The set; its test split must be there.
+    weights : mapping of str to state dict
+        What is measured, such as the weights of the chosen and of the last round.
+
+    Raises
+    ------
+    ValueError
+        If there are no weights.
+    """
+    if not weights:
+        raise ValueError("weights: expected at least one state dict to measure, got none")
+    products = {}
+    for name, values in weights.items():
+        model.load_state_dict(values)
+        products[name] = calibrated(model, data)
+    test = data.open_test()
+    scores = {}
+    for name, values in weights.items():
+        model.load_state_dict(values)
+        scores[name] = score(model, test, products[name])
+    temperatures = {
+        name: {str(modality): value for modality, value in product.temperatures.items()}
+        for name, product in products.items()
+    }
+    return Evaluation(scores, temperatures)
+
+
+def shown_as(scores: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return the values of `names`, with the joint head's where there is one in place of every fusion's."""
+    joint = scores.get(JOINT)
+    return {
+        name: scores[name] if joint is None or name not in FUSIONS else joint for name in names if name in scores
+    }

@@ -127,6 +127,8 @@ class Branches(nn.Module):
         The head for all: MLA's linear layer, or the three-layer head over the features of all modalities side by side.
     trunk : Module or None
         What all modalities share between encoder and head.
+    joined : bool
+        Whether the head takes the features of all modalities at once.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class Branches(nn.Module):
     ) -> None:
         super().__init__()
         self.encoders, self.heads, self.head, self.trunk = encoders, heads, head, trunk
-        self._joined = joined
+        self.joined = joined
 
     @classmethod
     def of(cls, data: DataSet, modalities: Sequence[str], *, head: Head, seed: int) -> Branches:
@@ -205,7 +207,7 @@ class Branches(nn.Module):
     def branch(self, modality: str, inputs: Tensor) -> Tensor:
         """Return the logits ``(n, c)`` of one modality; a joined head is given zeros for the other features."""
         features = self.encoders[modality](inputs)
-        if self._joined:
+        if self.joined:
             none = torch.zeros_like(features)
             features = torch.cat([features if name == modality else none for name in self.encoders], -1)
         elif self.trunk is not None:
@@ -215,7 +217,7 @@ class Branches(nn.Module):
 
     def joint(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the logits ``(n, c)`` of all modalities: of a joined head its own, else the sum of the branches'."""
-        if self._joined and self.head is not None:
+        if self.joined and self.head is not None:
             logits: Tensor = self.head(torch.cat([self.encoders[name](inputs[name]) for name in self.encoders], -1))
             return logits
         return torch.stack([self.branch(name, inputs[name]) for name in self.encoders]).sum(0)
