@@ -18,7 +18,21 @@ from igm_rs import fusion
 from .data import DataSet, Split
 from .networks import Branches
 
-__all__ = ["FUSIONS", "JOINT", "MEASURES", "Evaluation", "Scores", "accuracy", "evaluate", "measures", "predictions"]
+__all__ = [
+    "FUSIONS",
+    "JOINT",
+    "MEASURES",
+    "Evaluation",
+    "Scores",
+    "accuracy",
+    "calibrated",
+    "evaluate",
+    "measures",
+    "predictions",
+    "score",
+    "shown_as",
+    "watched",
+]
 
 FUSIONS = ("mean", "entropy", "calibrated", "sum")
 """Mean of the softmax outputs; MLA's entropy weights; product of softmax outputs with temperatures fitted on the
@@ -151,7 +165,8 @@ def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights]) -> 
     data : DataSet
         The set; its test split must be there.
     weights : mapping of str to state dict
-        What is measured, such as the weights of the chosen and of the last round.
+        What is measured, such as the weights of the chosen and of the last round; those of the network itself may be
+        among them.
 
     Raises
     ------
@@ -160,13 +175,14 @@ def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights]) -> 
     """
     if not weights:
         raise ValueError("weights: expected at least one state dict to measure, got none")
+    own = {name: {key: value.clone() for key, value in values.items()} for name, values in weights.items()}
     products = {}
-    for name, values in weights.items():
+    for name, values in own.items():
         model.load_state_dict(values)
         products[name] = calibrated(model, data)
     test = data.open_test()
     scores = {}
-    for name, values in weights.items():
+    for name, values in own.items():
         model.load_state_dict(values)
         scores[name] = score(model, test, products[name])
     temperatures = {
@@ -179,6 +195,4 @@ def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights]) -> 
 def shown_as(scores: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
     """Return the values of `names`, with the joint head's where there is one in place of every fusion's."""
     joint = scores.get(JOINT)
-    return {
-        name: scores[name] if joint is None or name not in FUSIONS else joint for name in names if name in scores
-    }
+    return {name: scores[name] if joint is None or name not in FUSIONS else joint for name in names if name in scores}

@@ -141,7 +141,9 @@ def _within(angle: float, degrees: int) -> float:
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = degrees % 2
     term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for power in range(1 + odd, degrees, 2):  # cosⁿ φ with the coefficients 1, 2/3, 2·4/(3·5), … or 1, 1/2, 1·3/(2·4), …
+    for power in range(
+        1 + odd, degrees, 2
+    ):  # cosⁿ φ with the coefficients 1, 2/3, 2·4/(3·5), … or 1, 1/2, 1·3/(2·4), …
         total += term
         term *= cosine * cosine * power / (power + 1)
     return 2 / math.pi * (angle + sine * total) if odd else sine * total
