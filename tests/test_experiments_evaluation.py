@@ -1,4 +1,4 @@
-"""The measures of the experiments against scikit-learn and by hand, and the statistics of their tables against SciPy."""
+"""The measures of the experiments against scikit-learn, and the statistics of their tables against SciPy."""
 
 import math
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ __all__ = [
     "calibrated",
     "evaluate",
     "measures",
+    "of_fusion",
     "predictions",
     "score",
-    "shown_as",
     "watched",
 ]
 
@@ -192,7 +193,26 @@ def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights]) -> 
     return Evaluation(scores, temperatures)
 
 
-def shown_as(scores: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Return the values of `names`, with the joint head's where there is one in place of every fusion's."""
-    joint = scores.get(JOINT)
-    return {name: scores[name] if joint is None or name not in FUSIONS else joint for name in names if name in scores}
+Value = TypeVar("Value")
+
+
+def of_fusion(scores: Mapping[str, Value], fusion: str) -> Value:
+    """Return what stands in a fusion's column of a table.
+
+    Parameters
+    ----------
+    scores : mapping of str to float, or to anything else
+        One measure, by modality or fusion.
+    fusion : str
+        Of :data:`FUSIONS`.
+
+    Returns
+    -------
+    float, or what the mapping holds
+        That fusion's value; of a joint head, which is fused already, its own; of a single modality, its own.
+    """
+    if JOINT in scores:
+        return scores[JOINT]
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    return scores[fusion]

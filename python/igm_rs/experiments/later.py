@@ -30,8 +30,9 @@ from .__main__ import _cores, _count, _versions  # which says what to install wh
 from .data import DataSet, load
 from .evaluation import accuracy
 from .figures import BLUE, EDGE, GREY, ORANGE
+from .grids import markdown
 from .running import FIRST_SEED, TUNING_SEEDS
-from .tables import half_width, markdown
+from .statistics import half_width
 from .training import batch_stream
 
 if TYPE_CHECKING:

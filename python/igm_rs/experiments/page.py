@@ -1,0 +1,189 @@
+"""The results page: stored tables and pictures with the command of each, and the findings that were written by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .plans import TABLES
+from .tables import Table
+
+__all__ = ["FINDINGS", "page", "write"]
+
+FINDINGS = "findings.md"
+"""Name of the file of findings, in the folder of the results."""
+
+FIGURES = ("1", "3", "4", "5a", "5c")
+"""The paper's figures, in the order of the page."""
+
+PICTURE = re.compile(r"figure-(?P<figure>[0-9a-z]+)-(?P<dataset>[A-Za-z0-9][A-Za-z0-9_-]*)\.png")
+
+OPEN_PARTS = 1
+"""Parts of a table that are open on the page; its effects are, too. The others unfold."""
+
+
+def page(folder: Path) -> str:
+    """Return the results page in Markdown.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds ``tables/table-*.json``, ``figures/figure-*.png`` with a JSON file beside each, and the findings.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no findings file, or no table.
+    ValueError
+        If a file is not as expected.
+    """
+    findings = folder / FINDINGS
+    if not findings.is_file():
+        raise FileNotFoundError(f"file {findings} does not exist, expected the findings in words")
+    tables = _tables(folder)
+    if not tables:
+        raise FileNotFoundError(f"folder {folder / 'tables'} has no table-*.json, expected at least one table")
+    pictures = _pictures(folder)
+    datasets = list(dict.fromkeys(table.results["dataset"] for table in tables))
+    datasets += [name for name in dict.fromkeys(dataset for _, dataset, _ in pictures) if name not in datasets]
+    parts = [
+        "# Results",
+        _opening(folder),
+        findings.read_text(encoding="utf-8").strip(),
+        _contents(datasets, tables, pictures),
+    ]
+    for name in datasets:
+        mine = [table for table in tables if table.results["dataset"] == name]
+        title = mine[0].results["title"] if mine else name
+        parts.append(f"## {title}")
+        parts += [_table(table) for table in mine]
+        parts += [_picture(folder, figure, path) for figure, dataset, path in pictures if dataset == name]
+    parts.append(_method(tables))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(folder: Path) -> Path:
+    """Write the page as ``README.md`` into the folder and return its path; raises as :func:`page`."""
+    path = folder / "README.md"
+    path.write_text(page(folder), encoding="utf-8")
+    return path
+
+
+def _opening(folder: Path) -> str:
+    """What the page is made of, and how."""
+    return (
+        f"Made from the files in this folder by `igm-rs page --out {folder.name}`; the first part is "
+        f"[{FINDINGS}]({FINDINGS}). Each table and each picture stands under the command that makes it; the numbers "
+        "behind it lie beside it as JSON and CSV, every seed among them."
+    )
+
+
+def _tables(folder: Path) -> list[Table]:
+    """Read the stored tables, those of one data set together, in the order of the package's data sets."""
+    from .data import names
+
+    known = names()
+    found = [Table.read(path) for path in sorted((folder / "tables").glob("table-*.json"))]
+
+    def place(table: Table) -> tuple[int, str, int]:
+        dataset = table.results["dataset"]
+        return (known.index(dataset) if dataset in known else len(known), dataset, table.results["table"])
+
+    return sorted(found, key=place)
+
+
+def _pictures(folder: Path) -> list[tuple[str, str, Path]]:
+    """Return figure, data set and path of each picture, in the order of the paper."""
+    out = []
+    for path in sorted((folder / "figures").glob("figure-*.png")):
+        match = PICTURE.fullmatch(path.name)
+        if match is None:
+            raise ValueError(f"picture {path} is called otherwise than figure-FIGURE-DATASET.png")
+        out.append((match["figure"], match["dataset"], path))
+    return sorted(out, key=lambda item: (FIGURES.index(item[0]) if item[0] in FIGURES else len(FIGURES), item[1]))
+
+
+def _anchor(kind: str, number: object, dataset: str) -> str:
+    return f"{kind}-{number}-{dataset}"
+
+
+def _contents(datasets: Sequence[str], tables: Sequence[Table], pictures: Sequence[tuple[str, str, Path]]) -> str:
+    """What is on the page: a line a data set, a link each."""
+    lines = []
+    for name in datasets:
+        numbers = [table.results["table"] for table in tables if table.results["dataset"] == name]
+        links = [f"[Table {number}](#{_anchor('table', number, name)})" for number in numbers]
+        figures = [figure for figure, dataset, _ in pictures if dataset == name]
+        links += [f"[Figure {figure}](#{_anchor('figure', figure, name)})" for figure in figures]
+        lines.append(f"- {name}: {', '.join(links)}")
+    return "\n".join(lines)
+
+
+def _table(table: Table) -> str:
+    """One table: its command, its first part and its effects open, the rest to unfold."""
+    results = table.results
+    *warning, _, seeds = table.heading
+    number, dataset = results["table"], results["dataset"]
+    base = f"tables/{table.name}"
+    parts = [
+        f'<a id="{_anchor("table", number, dataset)}"></a>\n\n### Table {number} on {dataset}: {TABLES[number]}',
+        *(f"**{line}**" for line in warning),
+        f"```\n{results['command']}\n```",
+        f"{seeds} Numbers: [JSON]({base}.json), [CSV]({base}.csv).",
+    ]
+    folded: list[str] = []
+    for place, grid in enumerate(table.grids):
+        effects = grid.words == ["one minus the other"]
+        (parts if place < OPEN_PARTS or effects else folded).append(grid.markdown())
+    inside = "\n\n".join(folded)
+    return "\n\n".join([*parts, f"<details><summary>More of this table</summary>\n\n{inside}\n\n</details>"])
+
+
+def _picture(folder: Path, figure: str, path: Path) -> str:
+    """One picture with its command and what is said below it, from the JSON file beside it."""
+    numbers = path.with_suffix(".json")
+    try:
+        told: Any = json.loads(numbers.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"picture {path} has no numbers that can be read beside it: {error}") from error
+    for name in ("command", "caption"):
+        if not isinstance(told, dict) or not isinstance(told.get(name), str):
+            raise ValueError(f"file {numbers} is not as expected: it has no {name}")
+    dataset = path.stem.split("-", 2)[2]
+    place = path.relative_to(folder).as_posix()
+    files = [file for ending in (".json", ".csv") if (file := path.with_suffix(ending)).is_file()]
+    links = ", ".join(f"[{file.suffix[1:].upper()}]({file.relative_to(folder).as_posix()})" for file in files)
+    return "\n\n".join(
+        [
+            f'<a id="{_anchor("figure", figure, dataset)}"></a>\n\n### Figure {figure} on {dataset}',
+            f"```\n{told['command']}\n```",
+            f"![Figure {figure} on {dataset}]({place})",
+            f"{told['caption']} Numbers: {links}.",
+        ]
+    )
+
+
+def _method(tables: Sequence[Table]) -> str:
+    """How the comparisons are made, and with what; said once for all tables that say the same."""
+    parts = ["## How the comparisons are made"]
+    told: dict[str, list[str]] = {}
+    for table in tables:
+        told.setdefault("\n\n".join(table.results["words"]), []).append(table.name)
+    for words, names in told.items():
+        parts += [f"**{', '.join(names)}**", words]
+    made: dict[str, list[str]] = {}
+    for table in tables:
+        results = table.results
+        versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+        revision = f" at revision {results['revision']}" if results["revision"] else ""
+        made.setdefault(f"with {versions}{revision}", []).append(table.name)
+    parts += [f"{', '.join(names)}: made {how}." for how, names in made.items()]
+    parts.append(
+        "`igm-rs table 1 --data watch --compare results/tables/table-1-watch.json` makes a table afresh and says "
+        "whether it is the stored one: to the last digit with the same torch on the same kind of processor; else "
+        "within bounds from the spread over seeds, because training enlarges the last digit of a sum."
+    )
+    return "\n\n".join(parts)

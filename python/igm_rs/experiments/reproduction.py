@@ -1,0 +1,147 @@
+"""The check that a fresh table says what a stored one does: what must agree, how closely, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .statistics import student_quantile
+
+__all__ = ["EXACT", "Comparison", "compare", "same_arithmetic"]
+
+EXACT = 2e-6
+"""Largest difference of two figures where the arithmetic is the same: they are stored to six decimals."""
+
+FAMILY = 0.01
+"""Where the arithmetic is not the same: probability that any of all compared means differs by more than is allowed,
+were the two sets of runs as different as runs of other seeds are."""
+
+FLOOR = 0.01
+"""Least difference that is allowed then, in accuracy, MAP and macro-F1: a hundredth. The test splits have 400 to 900
+examples, so that is 4 to 9 of them."""
+
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found.
+
+    Attributes
+    ----------
+    exact : bool
+        Whether the figures had to agree to the last stored digit.
+    figures : int
+        How many means were compared.
+    largest : float
+        The largest difference of them.
+    problems : tuple of str
+        What does not agree; empty where the table is reproduced.
+    """
+
+    exact: bool
+    figures: int
+    largest: float
+    problems: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """What is to be said about it, in lines."""
+        how = (
+            f"made with the same arithmetic (torch, processor): every figure must agree to {EXACT:g}"
+            if self.exact
+            else "made with another torch or processor, so that training goes another way after enough steps: every "
+            f"mean must agree within {1 - FAMILY:.0%} joint bounds from the spread over seeds, or within {FLOOR:g}"
+        )
+        found = "reproduced" if not self.problems else "NOT reproduced"
+        first = f"{found}: {self.figures} figures compared, largest difference {self.largest:.6f}; {how}."
+        return "\n".join([first, *(f"- {problem}" for problem in self.problems)])
+
+
+def same_arithmetic(one: Results, other: Results) -> bool:
+    """Whether two tables were made with the same torch on the same kind of processor, so that sums round alike."""
+    names = ("torch", "processor", "instructions")
+    versions = one["versions"], other["versions"]
+    return all(name in versions[0] and versions[0][name] == versions[1].get(name) for name in names)
+
+
+def compare(fresh: Results, stored: Results) -> Comparison:
+    """Compare a table with a stored one.
+
+    Table, data set, protocol, configuration, rows and seeds must be the same. The means over seeds of accuracy, MAP and
+    macro-F1, at the chosen and at the last round, must agree
+
+    - to :data:`EXACT` where torch, the processor and its instruction set are the same: one thread a run, so the same
+      sums in the same order;
+    - else within t·√((s₁² + s₂²)/n), with s the standard deviations over the n seeds and t the quantile of Student's
+      distribution with 2n − 2 degrees of freedom that all figures of the table would stay within with probability 0.99
+      if the runs were independent; never less than :data:`FLOOR`. The reason: another order of summation changes the
+      last digit of a gradient, some hundred steps of training enlarge that to a difference like that of another order
+      of batches, and more agreement than between seeds cannot be asked for. The seeds' initial weights and batches are
+      still the same, so the differences are smaller as a rule.
+
+    Parameters
+    ----------
+    fresh, stored : mapping
+        ``results`` of :class:`igm_rs.experiments.tables.Table`.
+
+    Returns
+    -------
+    Comparison
+        What agrees and what does not; times and memory are not compared.
+    """
+    problems = list(_other_things(fresh, stored))
+    exact = same_arithmetic(fresh, stored)
+    if problems:
+        return Comparison(exact, 0, 0.0, tuple(problems))
+    pairs = list(_pairs(fresh, stored))
+    largest = 0.0
+    for place, mine, theirs in pairs:
+        difference = abs(mine["mean"] - theirs["mean"])
+        largest = max(largest, difference)
+        allowed = EXACT if exact else _allowed(mine, theirs, len(pairs))
+        if not difference <= allowed:
+            problems.append(
+                f"{place}: {mine['mean']:.6f}, stored {theirs['mean']:.6f}, difference {difference:.6f}, "
+                f"allowed {allowed:.6f}"
+            )
+    return Comparison(exact, len(pairs), largest, tuple(problems))
+
+
+def _other_things(fresh: Results, stored: Results) -> Iterator[str]:
+    """What must be the same before figures can be compared, and is not."""
+    for name in ("table", "dataset", "protocol"):
+        if fresh[name] != stored[name]:
+            yield f"{name} is {fresh[name]!r}, stored {stored[name]!r}"
+    mine, theirs = fresh["config"], stored["config"]
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            yield f"{name} is {mine.get(name)!r}, stored {theirs.get(name)!r}"
+    seeds = [
+        {row["key"]: [run["seed"] for run in row["runs"]] for row in results["rows"]} for results in (fresh, stored)
+    ]
+    for key in [*seeds[0], *(key for key in seeds[1] if key not in seeds[0])]:
+        if seeds[0].get(key) != seeds[1].get(key):
+            yield f"row {key} has seeds {seeds[0].get(key)}, stored {seeds[1].get(key)}"
+
+
+def _pairs(fresh: Results, stored: Results) -> Iterator[tuple[str, Results, Results]]:
+    """Every pair of means, with its place."""
+    others = {row["key"]: row["summary"] for row in stored["rows"]}
+    for row in fresh["rows"]:
+        for weights, measures in row["summary"].items():
+            for measure in ("accuracy", "map", "macro_f1"):
+                for name, value in measures[measure].items():
+                    place = f"{row['key']}, {weights} round, {measure} of {name}"
+                    yield place, value, others[row["key"]][weights][measure][name]
+
+
+def _allowed(mine: Results, theirs: Results, figures: int) -> float:
+    """Return the largest difference of two means that chance explains; of single runs, without a spread, any."""
+    count = mine["seeds"]
+    if count < 2:
+        return math.inf
+    quantile = student_quantile(1 - FAMILY / (2 * figures), 2 * count - 2)
+    return max(FLOOR, quantile * math.sqrt((mine["sd"] ** 2 + theirs["sd"] ** 2) / count))
