@@ -26,6 +26,8 @@ __all__ = [
     "expect",
     "load",
     "names",
+    "padded",
+    "parts",
     "read",
     "register",
     "register_from",
@@ -46,7 +48,14 @@ PARTS = ("train", "validation", "test")
 """Names of the splits, in messages as in :attr:`DataSet.sizes`."""
 
 PADDING, UNKNOWN = 0, 1
-"""Ids that no word has: what fills a title up; a word that the training split does not have."""
+"""Ids that no word has: what fills a title up; a word of which the vocabulary has no part."""
+
+PART_SIZES = (3, 4)
+"""Letters in the parts of a word that have ids of their own."""
+
+MENTIONS = 2
+"""Titles of the training split that a word or part must stand in to have an id; so there are words without one in
+training too, and the vector of unknown words is trained."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,8 @@ class DataSet:
         Open at all times.
     kinds : mapping of str to str
         What each modality is: "vector" ``(n, d)``, "series" ``(n, channels, readings)``, "picture" ``(n, channels,
-        height, width)``, all float32, or "title" ``(n, words)``, int64 ids of words, 0 where a title is shorter.
+        height, width)``, all float32, or "title" ``(n, length)``, int64 ids of words and parts of words, 0 where a
+        title is shorter.
     class_names : tuple of str
         One a class.
     vocabulary : mapping of str to int
@@ -182,11 +192,12 @@ class DataSet:
         for name, values in given.items():
             kinds[name] = _kind(name, values, require)
             if kinds[name] == "title":
-                texts = [words(str(text)) for text in values]
-                ids = vocabulary_of([text for text, mine in zip(texts, masks["train"], strict=True) if mine])
-                require(ids, f"{name} holds no word in the training split")
-                longest = max(len(text) for text, mine in zip(texts, masks["train"], strict=True) if mine)
-                ready[name] = torch.from_numpy(word_ids(texts, ids, longest))
+                titles = [str(title) for title in values]
+                ids = vocabulary_of(title for title, mine in zip(titles, masks["train"], strict=True) if mine)
+                require(ids, f"{name} holds no word that stands in {MENTIONS} titles of the training split")
+                rows = word_ids(titles, ids)
+                longest = max(len(row) for row, mine in zip(rows, masks["train"], strict=True) if mine)
+                ready[name] = padded(rows, longest)
                 vocabulary[name] = UNKNOWN + 1 + len(ids)
             else:
                 ready[name] = torch.from_numpy(standardise(values, masks["train"]))
@@ -278,34 +289,51 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", text.lower())
 
 
-def vocabulary_of(texts: Iterable[Sequence[str]]) -> dict[str, int]:
-    """Return an id from 2 for each word of the texts that are given, the most frequent first; 0 and 1 mean no word."""
-    counts = Counter(word for text in texts for word in text)
-    ordered = sorted(counts, key=lambda word: (-counts[word], word))
-    return {word: place for place, word in enumerate(ordered, start=UNKNOWN + 1)}
+def parts(word: str) -> list[str]:
+    """Return what is looked up for a word: itself and its runs of 3 and 4 letters, "<" and ">" at its ends.
+
+    Parts are what a rare or new word ("balloons") has in common with words that were seen ("balloon").
+    """
+    marked = f"<{word}>"
+    runs = [marked[start : start + size] for size in PART_SIZES for start in range(len(marked) - size + 1)]
+    return list(dict.fromkeys([marked, *runs]))
 
 
-def word_ids(texts: Sequence[Sequence[str]], ids: Mapping[str, int], length: int) -> npt.NDArray[np.int64]:
-    """Return the ids of the first `length` words of each text.
+def vocabulary_of(titles: Iterable[str]) -> dict[str, int]:
+    """Return an id from 2 for each word and part of a word that stands in two titles or more."""
+    counts = Counter(part for title in titles for part in {part for word in words(title) for part in parts(word)})
+    common = sorted(part for part, count in counts.items() if count >= MENTIONS)
+    return {part: place for place, part in enumerate(common, start=UNKNOWN + 1)}
+
+
+def word_ids(titles: Sequence[str], ids: Mapping[str, int]) -> list[list[int]]:
+    """Return for each title the ids of its words and their parts, one word after another.
 
     Parameters
     ----------
-    texts : sequence of sequence of str
-        n texts, as words.
+    titles : sequence of str
+        n titles.
     ids : mapping of str to int
-        The vocabulary; a word that it lacks becomes 1.
-    length : int
-        Words that are kept.
+        The vocabulary. A word of which it has no part becomes 1.
 
     Returns
     -------
-    ndarray
-        int64, ``(n, length)``, filled up with 0.
+    list of list of int
+        n lists, of unlike lengths.
     """
-    out = np.full((len(texts), length), PADDING, dtype=np.int64)
-    for row, text in zip(out, texts, strict=True):
-        found = [ids.get(word, UNKNOWN) for word in text[:length]]
-        row[: len(found)] = found
+    found = []
+    for title in titles:
+        known = [[ids[part] for part in parts(word) if part in ids] or [UNKNOWN] for word in words(title)]
+        found.append([each for word in known for each in word])
+    return found
+
+
+def padded(rows: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Return the first `length` ids of each row, filled up with 0: int64, ``(n, length)``."""
+    out = torch.full((len(rows), length), PADDING)
+    for place, row in enumerate(rows):
+        kept = torch.tensor(row[:length], dtype=torch.int64)
+        out[place, : len(kept)] = kept
     return out
 
 

@@ -26,6 +26,9 @@ __all__ = [
 FEATURES = 64
 """Size d of every encoder's output, so that one head can serve all modalities."""
 
+PICTURE = 16
+"""Pixels of a side of what :class:`PictureEncoder` looks at."""
+
 Head = Literal["own", "shared", "concat", "trunk"]
 
 
@@ -57,38 +60,45 @@ class SeriesEncoder(nn.Module):
 
 
 class PictureEncoder(nn.Module):
-    """Three strided convolutions and their mean over the picture: ``(n, channels, height, width)`` to ``(n, 64)``."""
+    """Three convolutions, the last of them over all that is left: pictures ``(n, channels, 16, 16)`` to ``(n, 64)``.
+
+    Other sizes are averaged down, or repeated, to 16 × 16 first. Normalised like :class:`SeriesEncoder`.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, 16, kernel_size=3, padding=1),
-            nn.GroupNorm(4, 16),
+            nn.AdaptiveAvgPool2d(PICTURE),
+            nn.Conv2d(channels, 64, kernel_size=4, stride=4),
+            nn.GroupNorm(4, 64),
             nn.ReLU(),
-            nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1),
-            nn.GroupNorm(4, 32),
+            nn.Conv2d(64, 96, kernel_size=3, stride=2, padding=1),
+            nn.GroupNorm(4, 96),
             nn.ReLU(),
-            nn.Conv2d(32, FEATURES, kernel_size=3, stride=2, padding=1),
+            nn.Conv2d(96, FEATURES, kernel_size=2),
             nn.GroupNorm(4, FEATURES),
             nn.ReLU(),
         )
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Return the features ``(n, 64)``."""
-        features: Tensor = self.layers(pictures).mean((-2, -1))
+        features: Tensor = self.layers(pictures).flatten(1)
         return features
 
 
 class TitleEncoder(nn.Module):
-    """The mean of a title's word vectors and a dense layer: ids ``(n, words)`` to ``(n, 64)``.
+    """The mean of the vectors of a title's words, normalised, and a dense layer: ids ``(n, length)`` to ``(n, 64)``.
 
-    Padding (id 0) has no part in the mean; a title without a word is a vector of zeros.
+    Padding (id 0) has no part in the mean; a title without a word has zeros for it. The vectors start small, so that
+    those that training hardly moves hardly count.
     """
 
     def __init__(self, ids: int) -> None:
         super().__init__()
         self.table = nn.Embedding(ids, FEATURES, padding_idx=PADDING)
-        self.layers = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.ReLU())
+        self.layers = nn.Sequential(nn.LayerNorm(FEATURES), nn.Linear(FEATURES, FEATURES), nn.ReLU())
+        with torch.no_grad():
+            self.table.weight.mul_(0.1)
 
     def forward(self, titles: Tensor) -> Tensor:
         """Return the features ``(n, 64)``."""
