@@ -16,8 +16,14 @@ __all__ = ["FINDINGS", "page", "write"]
 FINDINGS = "findings.md"
 """Name of the file of findings, in the folder of the results."""
 
-FIGURES = ("1", "3", "4", "5a", "5c")
-"""The paper's figures, in the order of the page."""
+FIGURES = {
+    "1": "cosine between the gradients of the old and the new modality",
+    "3": "sweeps of τ and ρ, with the effective perturbation",
+    "4": "loss surface",
+    "5a": "singular values by layer, with and without SAM",
+    "5c": "training time",
+}
+"""The paper's figures by name, in the order of the page, with what each shows."""
 
 PICTURE = re.compile(r"figure-(?P<figure>[0-9a-z]+)-(?P<dataset>[A-Za-z0-9][A-Za-z0-9_-]*)\.png")
 
@@ -103,7 +109,8 @@ def _pictures(folder: Path) -> list[tuple[str, str, Path]]:
         if match is None:
             raise ValueError(f"picture {path} is called otherwise than figure-FIGURE-DATASET.png")
         out.append((match["figure"], match["dataset"], path))
-    return sorted(out, key=lambda item: (FIGURES.index(item[0]) if item[0] in FIGURES else len(FIGURES), item[1]))
+    order = list(FIGURES)
+    return sorted(out, key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[1]))
 
 
 def _anchor(kind: str, number: object, dataset: str) -> str:

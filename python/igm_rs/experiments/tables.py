@@ -135,7 +135,8 @@ def _effect(effect: Effect, rows: Mapping[str, Results]) -> Results:
             }
             for measure in MEASURES
         }
-    return {**asdict(effect), "differences": found}
+    fusions = None if effect.fusions is None else list(effect.fusions)
+    return {**asdict(effect), "fusions": fusions, "differences": found}
 
 
 def table(
@@ -343,6 +344,8 @@ def _first(results: Results) -> list[Grid]:
         ),
         f"{RANKS}.",
     )
+    if not any(row["minus"] for row in results["rows"]):
+        return [main, last, branches]
     compared = _compared(results, words)
     compared.note = CLEAR
     return [main, last, branches, compared]

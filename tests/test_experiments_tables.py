@@ -1,0 +1,497 @@
+"""The tables: plans, numbers by hand, layout and files; the results page, the check of a table, and the listing."""
+
+import csv
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from igm_rs.experiments import evaluation, grids, listing, page, plans, reproduction, tables
+from igm_rs.experiments.plans import Line
+
+NAMES = ("audio", "video")
+ROUNDS = 4
+
+
+def scores(names, value):
+    """Every measure `value` for the first name, one hundredth more for each further one; NLL 1 − that."""
+    values = {name: value + 0.01 * at for at, name in enumerate(names)}
+    return {
+        measure: {name: 1 - x if measure == "nll" else x for name, x in values.items()}
+        for measure in evaluation.MEASURES
+    }
+
+
+def record(key, seed, value, modalities=NAMES, joined=False, **others):
+    names = [*modalities, *(evaluation.FUSIONS if len(modalities) > 1 else ()), *(["joint"] if joined else [])]
+    turns = [(0, ""), *((number, name) for number in range(1, ROUNDS + 1) for name in modalities)]
+    return {
+        "row": key,
+        "seed": seed,
+        "learning_rate": 0.03,
+        "curve": [{"round": 1, "accuracy": {"mean": 0.5}}] * 100,
+        "chosen": {"round": 2 + seed % 2, "scores": scores(names, value)},
+        "last": {"round": ROUNDS, "scores": scores(names, value + 0.1)},
+        "temperatures": dict.fromkeys(modalities, 1.25),
+        "after_turn": [
+            {"round": number, "modality": name, "scores": {"accuracy": {"mean": value + 0.01 * at}}}
+            for at, (number, name) in enumerate(turns)
+        ],
+        "seconds_per_step": 0.002,
+        "seconds": 3.0,
+        "peak_memory": 64 * 2**20,
+        "skipped": 0,
+        "cosine": None,
+        "effective_perturbation": None,
+        "projected_share": None,
+        "parameters": 1000,
+    } | others
+
+
+def line(key, *words, modalities=NAMES, tuned_as=None):
+    row = SimpleNamespace(key=key, label=key, modalities=modalities)
+    return Line(row, words or (key,), SimpleNamespace(key=tuned_as or key))
+
+
+ABOUT = {
+    "dataset": "watch",
+    "title": "watch: exercises",
+    "classes": 7,
+    "modalities": list(NAMES),
+    "split": {"train": 10, "validation": 5, "test": 6},
+    "protocol": "validation",
+    "command": "igm-rs table 1 --data watch",
+    "config": {"steps": 4},
+    "versions": {"torch": "2", "processor": "this", "instructions": "all"},
+    "revision": None,
+    "words": ["Budget: few steps.", "Choice: on validation."],
+}
+
+ROWS = {
+    "single-audio": ((0.50, 0.52, 0.51), ("audio",)),
+    "single-video": ((0.60, 0.62, 0.61), ("video",)),
+    "joint-concat": ((0.55, 0.55, 0.55), NAMES),
+    "joint-sum": ((0.56, 0.58, 0.54), NAMES),
+    "mla": ((0.70, 0.71, 0.72), NAMES),
+    "igm": ((0.70, 0.72, 0.74), NAMES),
+}
+"""Values of three seeds, and modalities."""
+
+
+def of_first(**about):
+    records = [
+        record(key, seed, value, modalities, key == "joint-concat", **({"cosine": 0.97} if key == "igm" else {}))
+        for key, (values, modalities) in ROWS.items()
+        for seed, value in reversed(list(enumerate(values)))
+    ]
+    lines = [line(key, modalities=modalities) for key, (_, modalities) in ROWS.items()]
+    records.append(record("another", 0, 0.9))
+    return tables.table(1, lines, records, about=ABOUT | about, tried={"igm": {0.01: 0.7, 0.03: 0.8}})
+
+
+@pytest.fixture
+def first():
+    return of_first()
+
+
+def rows_of(grid):
+    return {row[0].text: row[len(grid.words) :] for row in grid.rows}
+
+
+# Numbers
+
+
+def test_first_table_by_hand(first):
+    main = first.grids[0]
+    assert [head for _, heads in main.groups for head in heads] == ["mean", "entropy", "calibrated"] * 3
+    assert [name for name, _ in main.groups] == ["accuracy", "MAP", "macro-F1"]
+    rows = rows_of(main)
+    # the fusions' values are two to four hundredths above the first modality's
+    assert [cell.text for cell in rows["igm"][:3]] == ["74.0 ± 2.0", "75.0 ± 2.0", "76.0 ± 2.0"]
+    assert [cell.text for cell in rows["single-video"]] == ["61.0 ± 1.0"] * 9
+    # a joint head's own value is the last: six hundredths above the first modality's
+    assert [cell.text for cell in rows["joint-concat"]] == ["61.0 ± 0.0"] * 9
+    assert {key: cells[0].rank for key, cells in rows.items()} == {
+        "single-audio": 0, "single-video": 0, "joint-concat": 0, "joint-sum": 0, "mla": 2, "igm": 1,
+    }  # fmt: skip
+    assert {key: cells[0].worse for key, cells in rows.items()} == {
+        "single-audio": False, "single-video": False, "joint-concat": False, "joint-sum": True, "mla": False,
+        "igm": False,
+    }  # fmt: skip
+    last = rows_of(first.grids[1])
+    assert last["igm"][0].text == "84.0 ± 2.0"
+
+
+def test_branches_and_nll_have_their_part(first):
+    grid = first.grids[2]
+    rows = rows_of(grid)
+    assert [head for _, heads in grid.groups for head in heads] == [*NAMES, "mean", "entropy", "calibrated"]
+    assert [cell.text for cell in rows["single-audio"]] == ["51.0 ± 1.0", "–", *["0.490 ± 0.010"] * 3]
+    assert [cell.text for cell in rows["igm"]][:3] == ["72.0 ± 2.0", "73.0 ± 2.0", "0.260 ± 0.020"]
+    assert rows["igm"][2].rank == 1  # the smallest
+
+
+def test_differences_are_paired_and_have_an_interval(first):
+    grid = first.grids[3]
+    assert [name for name, _ in grid.groups] == ["accuracy, mean", "accuracy, calibrated", "NLL, calibrated"]
+    assert grid.groups[0][1] == ["− joint, concat", "− joint, sum", "− MLA"]
+    rows = rows_of(grid)
+    # 0.00, 0.01, 0.02: mean 0.01 and 4.3027 · 0.01 / √3
+    assert rows["igm"][2] == grids.Cell("+1.0 ± 2.5")
+    # 0.14, 0.14, 0.20: mean 0.16 and 4.3027 · 0.03464 / √3
+    assert rows["igm"][1] == grids.Cell("+16.0 ± 8.6", marked=True)
+    assert rows["mla"][2] == grids.Cell("–")
+    assert rows["igm"][8] == grids.Cell("−0.010 ± 0.025")
+
+
+def test_effects_are_those_whose_rows_are_there(first):
+    found = {effect["label"]: effect for effect in first.results["effects"]}
+    assert list(found) == [
+        "IGM − joint (sum)",
+        "IGM − MLA",
+        "joint (sum): calibrated − mean fusion",
+        "IGM: calibrated − mean fusion",
+        "IGM: entropy-weighted − mean fusion",
+    ]
+    assert found["IGM − MLA"]["differences"]["accuracy"]["mean"]["mean"] == pytest.approx(0.01)
+    fused = found["IGM: calibrated − mean fusion"]["differences"]["accuracy"]
+    assert fused == {"calibrated": {"mean": pytest.approx(0.02), "half_width": pytest.approx(0, abs=1e-6), "seeds": 3}}
+    rows = rows_of(first.grids[4])
+    assert [cell.text for cell in rows["IGM: calibrated − mean fusion"][:3]] == ["–", "–", "+2.0 ± 0.0"]
+
+
+def test_cost_tells_settings_time_memory_and_what_the_optimizer_told(first):
+    grid = first.grids[-1]
+    assert [cell.text for cell in rows_of(grid)["igm"]] == [
+        "0.03", "2.3 of 4", "2.00", "64", "0.9700", "–", "–", "0",
+    ]  # fmt: skip
+    row = next(row for row in first.results["rows"] if row["key"] == "igm")
+    assert row["tried"] == [
+        {"learning_rate": 0.01, "validation_accuracy": 0.7},
+        {"learning_rate": 0.03, "validation_accuracy": 0.8},
+    ]
+
+
+def test_second_table_has_sam_and_modification():
+    lines = [line("a", "×", "×"), line("b", "✓", "×"), line("c", "×", "✓"), line("d", "✓", "✓")]
+    records = [record(key, seed, 0.5 + 0.1 * at) for at, key in enumerate("abcd") for seed in (0, 1)]
+    grid = tables.table(2, lines, records, about=ABOUT, tried={}).grids[0]
+    assert grid.words == ["SAM", "GM"]
+    assert grid.groups == [("accuracy: each branch, and the fusions", [*NAMES, "mean", "entropy", "calibrated"])]
+    assert [cell.text for cell in grid.rows[3]] == ["✓", "✓", *(f"{80 + at}.0 ± 0.0" for at in range(5))]
+
+
+def test_third_table_goes_turn_by_turn_and_marks_what_is_igm():
+    lines = [line("one", "without audio", tuned_as="igm"), line("igm", "IGM")]
+    records = [record("igm", seed, 0.5 + 0.01 * seed) for seed in (0, 1)]
+    for seed in (0, 1):
+        one = record("one", seed, 0.5 + 0.01 * seed)
+        for turn in one["after_turn"][2:]:
+            turn["scores"]["accuracy"]["mean"] -= 0.1 * seed
+        records.append(one)
+    made = tables.table(3, lines, records, about=ABOUT, tried={"igm": {0.03: 0.8}})
+    grid = made.grids[0]
+    assert grid.groups == [("", ["initial"]), *((f"round {number}", list(NAMES)) for number in (1, 2, 4))]
+    assert [cell.text for cell in grid.rows[1]] == [
+        "IGM", *(f"{value}.5 ± 0.7" for value in (50, 51, 52, 53, 54, 57, 58)),
+    ]  # fmt: skip
+    assert [cell.marked for cell in grid.rows[0]] == [False, True, True, False, False, False, False, False]
+    assert not any(cell.marked for cell in grid.rows[1])
+    assert made.results["rows"][0]["tried"] == [{"learning_rate": 0.03, "validation_accuracy": 0.8}]
+    figures = list(csv.DictReader(io.StringIO(made.csv())))
+    turn = [figure for figure in figures if figure["weights"] == "round 3 after video, validation"]
+    assert [(figure["row"], figure["of"], figure["mean"]) for figure in turn] == [
+        ("one", "mean", "0.515"), ("igm", "mean", "0.565"),
+    ]  # fmt: skip
+
+
+def test_fourth_table_shows_the_modified_share_and_compares_with_none():
+    lines = [line("wide", "50%"), line("igm", "head"), line("none", "0% (none)")]
+    shares = {"wide": 0.61, "igm": 0.3, "none": None}
+    records = [
+        record(key, seed, 0.5 + 0.1 * at + 0.01 * seed, projected_share=shares[key])
+        for at, key in enumerate(shares)
+        for seed in (0, 1)
+    ]
+    made = tables.table(4, lines, records, about=ABOUT, tried={})
+    grid = made.grids[0]
+    assert [row[1].text for row in grid.rows] == ["61.0%", "30.0%", "–"]
+    assert [effect["label"] for effect in made.results["effects"]] == ["50% − 0% (none)", "head − 0% (none)"]
+    assert made.results["effects"][0]["differences"]["accuracy"]["mean"]["mean"] == pytest.approx(-0.2)
+
+
+def test_one_seed_has_no_spread_and_no_interval():
+    made = tables.table(1, [line("mla"), line("igm")], [record("mla", 0, 0.5), record("igm", 0, 0.6)],
+                        about=ABOUT, tried={})  # fmt: skip
+    assert rows_of(made.grids[0])["igm"][0].text == "62.0"
+    assert rows_of(made.grids[3])["igm"][0] == grids.Cell("+10.0")
+    assert "over 1 seed, in percent" in made.plain()
+
+
+def test_ranks_are_of_what_is_printed():
+    lines = [line(key) for key in "abcd"]
+    records = [record(key, 0, value) for key, value in zip("abcd", (0.70041, 0.70001, 0.6, 0.5), strict=True)]
+    grid = tables.table(1, lines, records, about=ABOUT, tried={}).grids[0]
+    assert [row[1].rank for row in grid.rows] == [1, 1, 2, 0]
+
+
+def test_a_row_without_runs_is_refused():
+    with pytest.raises(ValueError, match="table 1: row 'igm' has no run"):
+        tables.table(1, [line("igm")], [record("mla", 0, 0.5)], about=ABOUT, tried={})
+
+
+# Text and files
+
+
+def test_selection_on_the_test_set_is_said_in_the_first_line():
+    made = of_first(protocol="paper")
+    assert made.plain().splitlines()[0] == tables.PAPER_WARNING
+    assert made.markdown().splitlines()[0] == f"**{tables.PAPER_WARNING}**"
+    assert tables.PAPER_WARNING.startswith("SELECTED ON THE TEST SET (--protocol paper)")
+    assert json.loads(made.json())["protocol"] == "paper"
+    assert {figure["protocol"] for figure in csv.DictReader(io.StringIO(made.csv()))} == {"paper"}
+    assert "TEST SET" not in of_first().plain()
+
+
+def test_terminal_shows_aligned_columns_and_marks():
+    cells = [[grids.Cell("one"), grids.Cell("1.0", 1), grids.Cell("22.0", 2, worse=True)],
+             [grids.Cell("three"), grids.Cell("–"), grids.Cell("3.0", marked=True)]]  # fmt: skip
+    grid = grids.Grid("Title", ["method"], [("group", ["a", "b"])], cells, "A note.")
+    assert grid.plain().splitlines() == [
+        "Title",
+        "",
+        "        ── group ───",
+        "method     a       b",
+        "────────────────────",
+        "one     1.0¹  22.0²†",
+        "three      –    3.0*",
+        "",
+        "A note.",
+    ]
+    assert grid.markdown().splitlines() == [
+        "**Title**",
+        "",
+        "| method | group: a | group: b |",
+        "| :-- | --: | --: |",
+        "| one | **1.0** | <ins>22.0</ins>† |",
+        "| three | – | **3.0** |",
+        "",
+        "A note.",
+    ]
+
+
+def test_groups_that_do_not_fit_go_below():
+    cells = [[grids.Cell("one"), grids.Cell("1.0"), grids.Cell("2.0")]]
+    grid = grids.Grid("Title", ["method"], [("first", ["a"]), ("second", ["b"])], cells)
+    narrow = grid.plain(20)
+    assert max(map(len, narrow.splitlines())) <= 20
+    assert narrow.count("method") == 2
+    assert grid.plain(200).count("method") == 1
+
+
+def test_a_whole_table_fits_a_terminal(first):
+    assert max(map(len, first.plain(100).splitlines()[2:])) <= 100
+    for number, text in (("first", first.plain(100)), ("markdown", first.markdown())):
+        for key in ROWS:
+            assert key in text, number
+
+
+def test_files_hold_every_figure(first, tmp_path):
+    paths = first.write(tmp_path / "new" / "tables")
+    assert [path.name for path in paths] == ["table-1-watch.md", "table-1-watch.csv", "table-1-watch.json"]
+    assert tables.Table.read(paths[2]) == first
+    text = paths[0].read_text(encoding="utf-8")
+    assert "Made by `igm-rs table 1 --data watch`." in text
+    assert "Budget: few steps." in text
+    assert "Made with torch 2" in text
+    with paths[1].open(newline="", encoding="utf-8") as file:
+        figures = list(csv.DictReader(file))
+    assert list(figures[0]) == [
+        "table", "dataset", "protocol", "row", "label", "weights", "measure", "of", "minus", "mean", "sd",
+        "half_width_95", "seeds",
+    ]  # fmt: skip
+    igm = [figure for figure in figures if figure["row"] == "igm" and figure["of"] == "mean"]
+    one = next(figure for figure in igm if (figure["weights"], figure["measure"]) == ("chosen", "accuracy"))
+    assert (one["mean"], one["sd"], one["seeds"], one["minus"]) == ("0.74", "0.02", "3", "")
+    other = next(figure for figure in igm if (figure["minus"], figure["measure"]) == ("mla", "accuracy"))
+    assert (other["mean"], other["half_width_95"]) == ("0.01", "0.024841")
+
+
+def test_runs_are_kept_without_their_curves(first):
+    run = first.results["rows"][-1]["runs"][0]
+    assert "curve" not in run
+    assert run["seed"] == 0
+    assert run["rounds"] == {"chosen": 2, "last": 4}
+    assert run["scores"]["chosen"]["accuracy"]["mean"] == 0.72
+    assert run["temperatures"] == {"audio": 1.25, "video": 1.25}
+    assert len(first.json()) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, "table file .*x.json does not exist"),
+        ("{", ValueError, "table file .*x.json is not as expected: it is no JSON"),
+        ("[]", ValueError, "table file .*x.json is not as expected: it has no table, dataset, rows"),
+        ('{"table": 1, "rows": []}', ValueError, "table file .*x.json is not as expected: it has no dataset"),
+    ],
+)
+def test_a_broken_table_file_is_named(tmp_path, content, error, message):
+    if content is not None:
+        (tmp_path / "x.json").write_text(content)
+    with pytest.raises(error, match=message):
+        tables.Table.read(tmp_path / "x.json")
+
+
+# The check that a table is reproduced
+
+
+def shifted(table, by, **versions):
+    results = json.loads(table.json())
+    results["versions"] |= versions
+    for row in results["rows"]:
+        for weights in row["summary"].values():
+            for measure in weights.values():
+                for value in measure.values():
+                    value["mean"] += by
+    return results
+
+
+def test_the_same_table_is_reproduced(first):
+    found = reproduction.compare(first.results, json.loads(first.json()))
+    # 2 sets of weights, 3 measures; 1 + 1 + 7 + 6 + 6 + 6 predictions
+    assert (found.exact, found.figures, found.largest, found.problems) == (True, 2 * 3 * 27, 0.0, ())
+    assert found.text.startswith("reproduced: 162 figures compared, largest difference 0.000000; made with the same")
+
+
+def test_the_same_arithmetic_must_give_the_same_figures(first):
+    found = reproduction.compare(first.results, shifted(first, 0.001))
+    assert len(found.problems) == found.figures
+    assert found.largest == pytest.approx(0.001)
+    assert found.problems[0] == (
+        "single-audio, chosen round, accuracy of audio: 0.510000, stored 0.511000, difference 0.001000, "
+        "allowed 0.000002"
+    )
+    assert found.text.startswith("NOT reproduced")
+
+
+@pytest.mark.parametrize("other", [{"torch": "3"}, {"processor": "that"}, {"instructions": "few"}])
+def test_other_arithmetic_may_differ_by_what_seeds_do(first, other):
+    assert reproduction.compare(first.results, shifted(first, 0.009, **other)).problems == ()
+    # joint-concat has no spread, so one hundredth is allowed it; igm's spread allows more
+    problems = reproduction.compare(first.results, shifted(first, 0.011, **other)).problems
+    assert problems
+    assert {problem.split(",")[0] for problem in problems} == {"joint-concat"}
+    assert reproduction.compare(first.results, shifted(first, 0.5, **other)).problems[-1].startswith("igm, last round")
+
+
+def test_what_was_made_otherwise_is_not_compared(first):
+    stored = json.loads(first.json())
+    stored["config"] = {"steps": 5}
+    stored["dataset"] = "mfeat"
+    stored["rows"][0]["runs"].pop()
+    del stored["rows"][1]
+    found = reproduction.compare(first.results, stored)
+    assert found.figures == 0
+    assert found.problems == (
+        "dataset is 'watch', stored 'mfeat'",
+        "steps is 4, stored 5",
+        "row single-audio has seeds [0, 1, 2], stored [0, 1]",
+        "row single-video has seeds [0, 1, 2], stored None",
+    )
+
+
+# The page
+
+
+def stored(folder):
+    first = of_first()
+    first.write(folder / "tables")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "figure-3-watch.png").write_bytes(b"")
+    told = {"command": "igm-rs figure 3 --data watch", "caption": "A sweep."}
+    (folder / "figures" / "figure-3-watch.json").write_text(json.dumps(told))
+    (folder / "findings.md").write_text("## Findings\n\nNothing helps.\n")
+    return first
+
+
+def test_page_has_every_table_and_picture_under_its_command(tmp_path):
+    first = stored(tmp_path)
+    path = page.write(tmp_path)
+    assert path == tmp_path / "README.md"
+    text = path.read_text(encoding="utf-8")
+    assert "Nothing helps." in text
+    assert "- watch: [Table 1](#table-1-watch), [Figure 3](#figure-3-watch)" in text
+    assert text.count("```\nigm-rs table 1 --data watch\n```") == 1
+    assert text.count("```\nigm-rs figure 3 --data watch\n```") == 1
+    assert "![Figure 3 on watch](figures/figure-3-watch.png)" in text
+    assert "A sweep. Numbers: [JSON](figures/figure-3-watch.json)." in text
+    assert "Numbers: [JSON](tables/table-1-watch.json), [CSV](tables/table-1-watch.csv)." in text
+    for grid in first.grids:
+        assert grid.markdown() in text
+    folded = text[text.index("<details>") : text.index("</details>")]
+    assert first.grids[0].markdown() not in folded
+    assert first.grids[1].markdown() in folded
+    assert text.count("Budget: few steps.") == 1
+    assert page.page(tmp_path) == text
+
+
+def test_page_says_which_tables_were_selected_on_the_test_set(tmp_path):
+    stored(tmp_path)
+    of_first(protocol="paper").write(tmp_path / "tables")
+    assert f"**{tables.PAPER_WARNING}**" in page.page(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda at: (at / "findings.md").unlink(), FileNotFoundError, "findings.md does not exist, expected the findi"),
+        (
+            lambda at: (at / "tables" / "table-1-watch.json").unlink(),
+            FileNotFoundError,
+            r"tables has no table-\*.json, expected at least one table",
+        ),
+        (
+            lambda at: (at / "figures" / "figure-3-watch.json").unlink(),
+            ValueError,
+            "figure-3-watch.png has no numbers that can be read beside it",
+        ),
+        (
+            lambda at: (at / "figures" / "figure-3-watch.json").write_text('{"command": "x"}'),
+            ValueError,
+            "figure-3-watch.json is not as expected: it has no caption",
+        ),
+        (
+            lambda at: (at / "figures" / "figure-x.png").write_bytes(b""),
+            ValueError,
+            "figure-x.png is called otherwise than figure-FIGURE-DATASET.png",
+        ),
+    ],
+)
+def test_page_names_what_is_missing(tmp_path, spoil, error, message):
+    stored(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(error, match=message):
+        page.page(tmp_path)
+
+
+# Listing
+
+
+def test_listing_has_every_data_set_method_table_and_figure():
+    text = listing.listing()
+    for name in ("watch", "mfeat", "openclipart"):
+        assert f"\n  {name}\n" in text
+    assert "1271 train, 251 validation, 707 test" in text
+    assert "accelerometer (series of 3 × 200)" in text
+    assert "always the most frequent class 16.3% (of training)" in text
+    assert "BSD 3-Clause" in text
+    for key in plans.METHODS:
+        assert f"\n  {key} " in text
+    assert "\n  4  how much of the network is modified" in text
+    assert "\n  5c  training time" in text
+
+
+def test_listing_says_which_data_set_cannot_be_read(tmp_path):
+    assert "\n  watch: cannot be read: data file" in listing.listing(tmp_path)
