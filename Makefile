@@ -33,7 +33,7 @@ demo: install
 	$(BIN)/python -m igm_rs.experiments --data data --out $(OUT) --seeds $(SEEDS) $(DEMO_FLAGS)
 
 later: install
-	$(BIN)/python -m igm_rs.experiments.later --data data --out results/later --seeds $(LATER_SEEDS)
+	$(BIN)/python -m igm_rs.experiments.later --out results/later --seeds $(LATER_SEEDS)
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

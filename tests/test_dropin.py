@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from igm_rs import IGMOptimizer, fusion
 
 SOURCE = Path(mla_script.__file__).read_text(encoding="utf-8")
-WATCH = Path(__file__).parents[1] / "data" / "watch.npz"
+WATCH = Path(__file__).parents[1] / "python" / "igm_rs" / "experiments" / "archives" / "watch.npz"
 
 # What a user changes: (the text before, the text after). `rho` and further options are filled in by each test.
 IMPORT = ("import torch\n", "import torch\nimport igm_rs\n")

@@ -20,7 +20,7 @@ def test_quick_start_runs(capsys):
 
 
 def test_files_that_are_named_exist():
-    named = set(re.findall(r"`((?:src|python|tests|notebooks|data|benchmarks)/[\w./-]+)`", README))
+    named = set(re.findall(r"`((?:src|python|tests|notebooks|benchmarks)/[\w./-]+)`", README))
     named |= set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
     assert len(named) > 10
     missing = [name for name in named if not (ROOT / name).exists()]
@@ -71,6 +71,6 @@ def test_the_runs_with_a_scope_are_the_committed_ones(scope):
     ) in README
 
 
-@pytest.mark.parametrize("file", ["LICENSE", "CHANGELOG.md", "data/README.md"])
+@pytest.mark.parametrize("file", ["LICENSE", "CHANGELOG.md", "python/igm_rs/experiments/archives/LICENCES.md"])
 def test_pages_that_belong_to_it(file):
     assert (ROOT / file).read_text().strip()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from igm_rs import _igm_rs as rust
 
 F32, F64 = torch.float32, torch.float64
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[1] / "python" / "igm_rs" / "experiments" / "archives"
 TAUS = [1e-3, 0.4, 1.0, 10.0, 100.0]
 DENSE = ["svd", "eigh", "polynomial", "auto"]
 FROM_ROWS = ["eigh", "polynomial", "auto"]
