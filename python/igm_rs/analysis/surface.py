@@ -1,0 +1,274 @@
+"""Figure 4: the loss around the weights on a plane of two random, filter-normalised directions (Li et al. 2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from igm_rs import _checks
+
+from ._model import as_it_was, check_labels, restored
+from .drawing import Picture, axes_for, bar, bare, look
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["LossSurface", "LossSurfaces", "compare_surfaces", "loss_surface"]
+
+Floats = npt.NDArray[np.float64]
+
+LEVELS = 14
+"""Contour lines of a surface."""
+
+
+@dataclass(frozen=True)
+class LossSurface(Picture):
+    """What :func:`loss_surface` gives.
+
+    Attributes
+    ----------
+    offsets : ndarray
+        (points,), how far along each direction, 0 in the middle; 1 is as long as the weights themselves, filter by
+        filter.
+    losses : ndarray
+        (points, points): ``losses[i, k]`` at ``offsets[i]`` along the first and ``offsets[k]`` along the second
+        direction.
+    seed : int
+        Of the directions.
+    """
+
+    offsets: Floats
+    losses: Floats
+    seed: int
+    size = (5.0, 4.1)
+
+    @property
+    def centre(self) -> float:
+        """The loss at the weights themselves."""
+        middle = len(self.offsets) // 2
+        return float(self.losses[middle, middle])
+
+    def profile(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """Return (distance, mean, lowest, highest): by how much the loss has risen at each distance from the weights.
+
+        Each (n,). A ring holds the points whose distance rounds to the same multiple of the grid's step; rings that the
+        grid does not hold whole are left out.
+        """
+        step = float(self.offsets[1] - self.offsets[0])
+        distance = np.hypot(self.offsets[:, None], self.offsets[None, :])
+        ring = np.rint(distance / step).astype(int)
+        rise = self.losses - self.centre
+        rings = range(len(self.offsets) // 2 + 1)
+        parts = [rise[ring == number] for number in rings]
+        mean, low, high = (np.array([float(f(part)) for part in parts]) for f in (np.mean, np.min, np.max))
+        return step * np.arange(len(rings), dtype=np.float64), mean, low, high
+
+    def numbers(self) -> dict[str, Any]:
+        """Return offsets, losses, the loss in the middle, its mean rise by distance, and the seed."""
+        distance, mean, _, _ = self.profile()
+        return {
+            "offsets": self.offsets,
+            "losses": self.losses,
+            "centre": self.centre,
+            "distance": distance,
+            "mean_rise": mean,
+            "seed": self.seed,
+        }
+
+    def draw(self, ax: Axes | None = None, levels: Sequence[float] | None = None) -> Axes:
+        """Draw contours of the loss, a cross at the weights.
+
+        Parameters
+        ----------
+        ax : Axes, optional
+            Where; a new figure by default.
+        levels : sequence of float, optional
+            The loss at each contour, ascending; for several surfaces the same, to compare them. Spread over this
+            surface's own losses by default, in equal steps of the logarithm.
+        """
+        ax = axes_for(ax, self.size)
+        self._paint(ax, levels)
+        return ax
+
+    def _paint(self, ax: Axes, levels: Sequence[float] | None = None, bar: bool = True) -> None:
+        from matplotlib.colors import BoundaryNorm
+
+        chosen = np.asarray(_levels([self]) if levels is None else levels, dtype=np.float64)
+        shown = np.clip(np.nan_to_num(self.losses.T, nan=np.inf, posinf=np.inf), None, 2 * chosen[-1] + 1)
+        norm = BoundaryNorm(chosen, 256, extend="max")
+        filled = ax.contourf(self.offsets, self.offsets, shown, levels=chosen, cmap="cividis", norm=norm, extend="max")
+        ax.contour(self.offsets, self.offsets, shown, levels=chosen, colors="white", linewidths=0.5, alpha=0.7)
+        ax.plot([0], [0], "+", color="white", markersize=10, markeredgewidth=2)
+        ax.set_aspect("equal")
+        ax.set_xlabel("along direction 1 (1 = length of the weights)")
+        ax.set_ylabel("along direction 2")
+        if bar:
+            figure = ax.get_figure()
+            shown_bar = figure.colorbar(filled, ax=ax, label="loss", format="%.3g")  # type: ignore[union-attr]
+            shown_bar.ax.tick_params(labelsize=8)
+
+
+@dataclass(frozen=True)
+class LossSurfaces(Picture):
+    """What :func:`compare_surfaces` gives.
+
+    Attributes
+    ----------
+    surfaces : dict of str to LossSurface
+        By name, each around its own weights.
+    """
+
+    surfaces: dict[str, LossSurface]
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the numbers of each surface."""
+        return {label: surface.numbers() for label, surface in self.surfaces.items()}
+
+    def levels(self) -> Floats:
+        """Return contour levels that fit all of the surfaces."""
+        return _levels(list(self.surfaces.values()))
+
+    def _paint(self, ax: Axes) -> None:
+        """Draw the mean rise of the loss by distance, a band from the lowest to the highest direction."""
+        for place, (label, surface) in enumerate(self.surfaces.items()):
+            colour, marker, line = look(place)
+            distance, mean, low, high = surface.profile()
+            ax.fill_between(distance, low, high, color=colour, alpha=0.12, linewidth=0)
+            ax.plot(distance, mean, color=colour, marker=marker, markersize=3.5, linestyle=line, label=label)
+        ax.set_xlim(left=0)
+        ax.set_xlabel("distance from the weights (1 = their length)")
+        ax.set_ylabel("rise of the loss")
+        ax.legend(frameon=False, fontsize=8.5)
+        bare(ax)
+
+
+def loss_surface(
+    model: nn.Module,
+    loss: Callable[[], Tensor | float],
+    *,
+    span: float = 1.0,
+    points: int = 21,
+    seed: int = 0,
+    mode: Literal["eval", "train"] = "eval",
+    progress: bool = True,
+) -> LossSurface:
+    """Return the loss on a square plane around the weights, along two random filter-normalised directions.
+
+    A direction is Gaussian; then, as Li et al. have it, each filter of it (row of a weight with two or more dimensions:
+    the weights of one output) is scaled to the norm of that filter in the model, and it is zero for biases, norm layers
+    and everything else with fewer than two dimensions. So scaling a layer up and the next one down changes nothing.
+
+    Afterwards weights, buffers (BatchNorm's running statistics among them), modes and torch's random state are as
+    before, to the bit, also if `loss` raises or Ctrl-C is pressed. Nothing is gathered by an optimizer.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Whose weights are moved, in place.
+    loss : callable
+        Computes the loss at the model's present weights: a number, or a tensor with one element.
+    span : float
+        How far to go in each direction, > 0; at 1 each filter is moved by its own length.
+    points : int
+        Points along each direction, odd, 3 or more; ``points**2`` losses are computed.
+    seed : int
+        Of the directions: models of the same shapes get the same ones, each to the scale of its own filters.
+    mode : {"eval", "train"}
+        Mode of the model: with "train" BatchNorm uses the batch's statistics, and dropout draws the same mask at every
+        point.
+    progress : bool
+        Whether a progress bar is shown.
+
+    Returns
+    -------
+    LossSurface
+        The numbers; ``draw()`` and ``save(path)`` make a picture of them.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For an argument out of its range; a model without a weight of two or more dimensions; a loss of several numbers.
+
+    References
+    ----------
+    Li et al.: Visualizing the Loss Landscape of Neural Nets, NeurIPS 2018.
+    """
+    _checks.positive("span", span)
+    _checks.positive_integer("points", points)
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points is {points}, expected an odd number from 3: the weights themselves are in the middle")
+    _checks.choice("mode", mode, ("eval", "train"))
+    weights = [each for each in model.parameters() if each.dim() > 1]
+    if not weights:
+        raise ValueError("model has no weight of two or more dimensions, expected one or more: there is no filter")
+    generator = torch.Generator().manual_seed(seed)
+    first, second = ([_direction(weight, generator) for weight in weights] for _ in range(2))
+    offsets = np.linspace(-span, span, points)
+    offsets[points // 2] = 0.0
+    losses = np.empty((points, points))
+    own = [weight.detach().clone() for weight in weights]
+    with torch.no_grad(), restored(model), bar(points * points, "loss surface", progress) as done:
+        for i, a in enumerate(offsets.tolist()):
+            for k, b in enumerate(offsets.tolist()):
+                for weight, before, one, two in zip(weights, own, first, second, strict=True):
+                    weight.copy_(before + a * one + b * two)
+                with as_it_was(model, training=mode == "train"):
+                    losses[i, k] = _number(loss())
+                done(1)
+    return LossSurface(offsets, losses, seed)
+
+
+def compare_surfaces(surfaces: Mapping[str, LossSurface]) -> LossSurfaces:
+    """Return several surfaces side by side; what is drawn of them is how far the loss rises with the distance.
+
+    Parameters
+    ----------
+    surfaces : mapping of str to LossSurface
+        By name.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    check_labels("surfaces", surfaces)
+    return LossSurfaces(dict(surfaces))
+
+
+def _direction(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a Gaussian tensor like `weight`, each filter (dimension 0) as long as the weight's."""
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    flat, own = noise.flatten(1), weight.detach().double().cpu().flatten(1)
+    scaled = flat * (own.norm(dim=1, keepdim=True) / flat.norm(dim=1, keepdim=True))
+    out: Tensor = scaled.reshape(weight.shape).to(weight)
+    return out
+
+
+def _number(value: Tensor | float) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"loss gave a tensor of shape {tuple(value.shape)}, expected one number")
+    return float(value)
+
+
+def _levels(surfaces: Sequence[LossSurface]) -> Floats:
+    """Return levels from the lowest loss to the highest, in equal steps of the logarithm of what lies above the lowest.
+
+    So that the middle, which is what is looked at, has contours too where the corners are far up.
+    """
+    every = np.concatenate([surface.losses.ravel() for surface in surfaces])
+    every = every[np.isfinite(every)]
+    if not every.size:
+        return np.linspace(0.0, 1.0, LEVELS)
+    low, high = float(every.min()), float(np.quantile(every, 0.98))
+    if high - low <= 1e-9 * max(1.0, abs(low)):
+        return low + np.linspace(0.0, 1.0, LEVELS) * max(1.0, abs(low)) * 1e-6
+    smallest = max((high - low) / 200, 1e-9)
+    rises = np.exp(np.linspace(math.log(smallest), math.log(high - low), LEVELS - 1))
+    return np.concatenate([[low], low + rises])
