@@ -192,6 +192,6 @@ def _method(tables: Sequence[Table]) -> str:
     parts.append(
         "`igm-rs table 1 --data watch --compare results/tables/table-1-watch.json` makes a table afresh and says "
         "whether it is the stored one: to the last digit with the same torch on the same kind of processor; else "
-        f"within {100 * FLOOR:g} points or {ERRORS:g} standard errors, because training enlarges the last digit of a sum."
+        f"within {100 * FLOOR:g} points or {ERRORS:g} standard errors, as training enlarges the last digit of a sum."
     )
     return "\n\n".join(parts)
