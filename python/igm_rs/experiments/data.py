@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import sys
 import zipfile
@@ -161,7 +162,10 @@ class DataSet:
             expect(bool(holds), file, reason)
 
         given = {name: np.asarray(values) for name, values in inputs.items()}
-        require(given, "it has no modality")
+        require(given, "there is no modality")
+        for name in given:  # names of modules in a ModuleDict, and of files
+            fit = re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) and not hasattr(torch.nn.ModuleDict(), name)
+            require(fit, f"a modality is called {name!r}, expected letters, digits, '-' and '_', and no method's name")
         targets = np.asarray(labels)
         require(targets.ndim == 1, f"labels have {targets.ndim} dimensions, expected 1")
         require(targets.dtype.kind in "iu", f"labels have dtype {targets.dtype}, expected integers")
@@ -185,7 +189,7 @@ class DataSet:
         classes = int(targets.max()) + 1 if class_names is None else len(class_names)
         low, high = int(targets.min()), int(targets.max())
         require(low >= 0 and high < classes, f"labels go from {low} to {high}, expected 0 to {classes - 1}")
-        require(classes > 1, "it has 1 class, expected 2 or more")
+        require(classes > 1, "there is 1 class, expected 2 or more")
         absent = sorted(set(range(classes)) - set(targets[masks["train"]].tolist()))
         require(not absent, f"no training example has label {', '.join(map(str, absent))}")
         kinds, vocabulary, ready = {}, {}, {}
@@ -258,6 +262,7 @@ def _kind(name: str, values: Array, require: Callable[[Any, str], None]) -> str:
     require(values.ndim in KINDS, f"{name} has {values.ndim} dimensions, expected 2, 3 or 4, or strings")
     require(values.size, f"{name} has shape {values.shape}, expected no empty dimension")
     require(np.isfinite(values).all(), f"{name} holds values that are not finite")
+    require(np.abs(values).max() <= np.finfo(np.float32).max, f"{name} holds values that float32 cannot")
     return KINDS[values.ndim]
 
 
@@ -280,7 +285,8 @@ def standardise(values: Array, training: Mask) -> Floats:
     seen = values[training].astype(np.float64)
     mean = seen.mean(axes, keepdims=True)
     deviation = seen.std(axes, keepdims=True)
-    scaled: Floats = ((values - mean) / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
+    varies = deviation > 1e-9 * np.abs(seen).max(axes, keepdims=True)  # not by rounding alone
+    scaled: Floats = ((values - mean) / np.where(varies, deviation, 1.0)).astype(np.float32)
     return scaled
 
 
@@ -353,6 +359,9 @@ class Entry:
     defined: Path
 
 
+OURS = Path(__file__).resolve().with_name("sets.py")
+"""The file that registers what comes with the package."""
+
 _SETS: dict[str, Entry] = {}
 
 
@@ -381,23 +390,29 @@ def register(
     baselines : mapping of str to float, optional
         Test accuracies that plain training is known to reach, by modality or method, to be shown beside the set.
     folder : Path, optional
-        Where the files are looked for unless :func:`load` is told a folder; that of the function's file by default.
+        Where the files are looked for unless :func:`load` is told a folder; by default that of the function's file,
+        or the working directory where there is no file, as in a notebook.
 
     Raises
     ------
+    TypeError
+        If the decorator does not stand above a function.
     ValueError
-        If the name is unfit, or another file has registered it.
+        If the name is unfit, or is that of a set that comes with the package. A set of the user's is replaced.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"data set is called {name!r}, expected letters, digits, '-' and '_' only")
 
     def keep(loader: Loader) -> Loader:
-        defined = Path(loader.__code__.co_filename).resolve()
-        known = _SETS.get(name)
-        if known is not None and known.defined != defined:
-            raise ValueError(f"data set {name!r} is registered by {known.defined} already, {defined} cannot do it too")
-        home = defined.parent if folder is None else folder
-        _SETS[name] = Entry(loader, title, licence, source, dict(baselines or {}), home, defined)
+        code = getattr(inspect.unwrap(loader), "__code__", None)
+        if code is None:
+            raise TypeError(f"data set {name!r} is registered with a {type(loader).__name__}, expected a function")
+        defined = Path(code.co_filename).resolve()
+        files = {defined, *([_SETS[name].defined] if name in _SETS else [])}
+        if len(files) > 1 and OURS in files:
+            raise ValueError(f"data set {name!r} comes with the package, expected another name")
+        home = defined.parent if defined.is_file() else Path()
+        _SETS[name] = Entry(loader, title, licence, source, dict(baselines or {}), folder or home, defined)
         return loader
 
     return keep
@@ -425,6 +440,7 @@ def register_from(file: Path) -> list[str]:
     try:
         spec.loader.exec_module(made)
     except Exception as error:
+        del sys.modules[module]
         raise ValueError(f"file {file} cannot be run: {type(error).__name__}: {error}") from error
     found = [name for name, entry in _SETS.items() if entry.defined == path]
     if not found:
@@ -434,9 +450,9 @@ def register_from(file: Path) -> list[str]:
 
 def names() -> list[str]:
     """Return the names of all data sets, ours first."""
-    from . import sets  # registers ours
+    from . import sets  # noqa: F401  # registers ours
 
-    ours = [name for name, entry in _SETS.items() if entry.defined == Path(sets.__file__).resolve()]
+    ours = [name for name, entry in _SETS.items() if entry.defined == OURS]
     return ours + [name for name in _SETS if name not in ours]
 
 
@@ -508,6 +524,21 @@ def _entry(name: str) -> Entry:
     return _SETS[name]
 
 
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What NumPy and zipfile raise at files that are torn, altered, encrypted or something else altogether."""
+
+
 def read(path: Path, dimensions: Mapping[str, int], *, numbers: bool = False) -> dict[str, Array]:
     """Read the named arrays of a NumPy archive and check what they are.
 
@@ -533,7 +564,7 @@ def read(path: Path, dimensions: Mapping[str, int], *, numbers: bool = False) ->
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in dimensions if name not in archive]
             arrays = {name: archive[name] for name in dimensions if name in archive}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise _foreign(path, f"it is no NumPy archive that can be read ({error})") from error
     expect(not missing, path, f"it has no array {', '.join(missing)}")
     kinds, words_for = ("iuf", "numbers") if numbers else ("iufU", "numbers or strings")

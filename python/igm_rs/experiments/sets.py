@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from .data import DataSet, Floats, expect, read, register, words
+from .data import Array, DataSet, Floats, expect, read, register, words
 
 __all__ = ["ARCHIVES", "windows"]
 
@@ -30,6 +31,9 @@ EXERCISES = (
     "upright row",
 )
 """Classes of ``watch``."""
+
+VIEWS = {"fou": 76, "zer": 47, "mor": 6}
+"""Modalities of ``mfeat``, and the numbers in each."""
 
 CLASS_SHARES = (120, 40, 40)
 """Of the 200 examples of each digit of ``mfeat``: for training, validation, test."""
@@ -81,10 +85,10 @@ def _watch(folder: Path) -> DataSet:
     """Accelerometer and gyroscope of a wrist watch; the people of each split are others."""
     path = folder / "watch.npz"
     arrays = read(path, {"X": 2, "n": 1, "y": 1, "subject": 1}, numbers=True)
+    _integers(path, arrays, {"n": (0, len(arrays["X"])), "y": (0, len(EXERCISES) - 1), "subject": (1, 10)})
     lengths = arrays["n"].astype(np.int64)
     expect(arrays["X"].shape[1] == 6, path, f"X has {arrays['X'].shape[1]} columns, expected 6")
     readings = len(arrays["X"])
-    expect(bool((lengths >= 0).all()), path, f"n holds {lengths.min()}, expected lengths")
     expect(int(lengths.sum()) == readings, path, f"n adds up to {lengths.sum()}, X has {readings} rows")
     counts = [len(arrays[name]) for name in ("n", "y", "subject")]
     expect(len(set(counts)) == 1, path, f"n, y and subject have {counts} entries, expected one for each series")
@@ -113,19 +117,20 @@ def _watch(folder: Path) -> DataSet:
 def _mfeat(folder: Path) -> DataSet:
     """Handwritten digits in three descriptions; the same share of every digit in each split."""
     path = folder / "mfeat.npz"
-    views = ("fou", "zer", "mor")
-    arrays = read(path, {"y": 1, **dict.fromkeys(views, 2)}, numbers=True)
+    arrays = read(path, {"y": 1, **dict.fromkeys(VIEWS, 2)}, numbers=True)
+    _integers(path, arrays, {"y": (0, 9)})
+    for view, width in VIEWS.items():
+        found = arrays[view].shape[1]
+        expect(found == width, path, f"{view} has {found} columns, expected {width}")
     labels = arrays["y"]
-    expect(labels.dtype.kind in "iu" and labels.min(initial=0) >= 0, path, "y holds something else than digits")
-    counts = np.bincount(labels)
-    enough = counts.size > 0 and bool((counts == sum(CLASS_SHARES)).all())
+    counts = np.bincount(labels, minlength=10)
+    enough = bool((counts == sum(CLASS_SHARES)).all())
     expect(enough, path, f"classes have {counts.tolist()} examples, expected {sum(CLASS_SHARES)} each")
     part = np.empty(len(labels), dtype=np.int64)
     draw = np.random.default_rng(MFEAT_SEED)
     for digit in range(len(counts)):
         part[draw.permutation(np.flatnonzero(labels == digit))] = np.repeat(np.arange(3), CLASS_SHARES)
-    given = {view: arrays[view] for view in views}
-    return DataSet.of(given, labels, validation=part == 1, test=part == 2, file=path)
+    return DataSet.of({view: arrays[view] for view in VIEWS}, labels, validation=part == 1, test=part == 2, file=path)
 
 
 @register(
@@ -141,6 +146,7 @@ def _openclipart(folder: Path) -> DataSet:
     path = folder / "openclipart.npz"
     arrays = read(path, {"image": 4, "title": 1, "label": 1, "fold": 1, "classes": 1})
     images, titles, fold = arrays["image"], arrays["title"], arrays["fold"]
+    _integers(path, arrays, {"label": (0, len(arrays["classes"]) - 1), "fold": (0, 4)})
     expect(images.shape[1:] == (32, 32, 3), path, f"image has shape {images.shape}, expected (n, 32, 32, 3)")
     expect(images.dtype == np.uint8, path, f"image has dtype {images.dtype}, expected uint8")
     expect(titles.dtype.kind == "U", path, f"title has dtype {titles.dtype}, expected strings")
@@ -163,3 +169,13 @@ def _openclipart(folder: Path) -> DataSet:
         class_names=[str(name) for name in arrays["classes"]],
         file=path,
     )
+
+
+def _integers(path: Path, arrays: Mapping[str, Array], ranges: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse arrays that hold something else than integers of these ranges."""
+    for name, (low, high) in ranges.items():
+        values = arrays[name]
+        expect(values.dtype.kind in "iu", path, f"{name} has dtype {values.dtype}, expected integers")
+        expect(len(values) > 0, path, f"{name} is empty")
+        least, most = int(values.min()), int(values.max())
+        expect(low <= least and most <= high, path, f"{name} goes from {least} to {most}, expected {low} to {high}")
