@@ -235,7 +235,11 @@ class GradientCosines(Picture):
     """
 
     series: dict[str, Cosines]
-    size = (6.0, 3.8)
+
+    @property
+    def size(self) -> tuple[float, float]:  # type: ignore[override]
+        """Width and height in inches: the higher, the more trainings there are."""
+        return 5.6, 1.6 + 0.75 * len(self.series)
 
     def numbers(self) -> dict[str, Any]:
         """Return every cosine, and the median of each kind, by training."""
@@ -250,7 +254,7 @@ class GradientCosines(Picture):
         return float(np.median(values)) if values.size else None
 
     def draw(self, ax: Axes | None = None, which: Which = "after") -> Axes:
-        """Draw one histogram a training: the share of its watched steps by cosine, and their median as a tick.
+        """Draw a histogram of the watched steps for each training, one above the other, with their medians.
 
         Parameters
         ----------
@@ -261,26 +265,35 @@ class GradientCosines(Picture):
         """
         _checks.choice("which", which, tuple(TITLES))
         ax = axes_for(ax, self.size)
-        edges = np.linspace(-1, 1, BINS + 1)
-        top = 0.0
-        for place, (label, cosines) in enumerate(self.series.items()):
-            values = cosines.of(which)
-            if not values.size:
-                ax.plot([], [], color=look(place)[0], label=f"{label}: no step to compare")
+        values = {label: cosines.of(which) for label, cosines in self.series.items()}
+        there = np.concatenate(list(values.values()))
+        low, high = (float(there.min()), float(there.max())) if there.size else (-1.0, 1.0)
+        low, high = max(-1.0, low - 0.05), min(1.0, high + 0.05)
+        edges = np.linspace(low, high, BINS + 1)
+        shares = {label: np.histogram(mine, edges)[0] / max(1, len(mine)) for label, mine in values.items()}
+        tallest = max(float(share.max()) for share in shares.values()) or 1.0
+        for place, (label, share) in enumerate(shares.items()):
+            colour, _, _ = look(place)
+            ground = len(shares) - 1 - place
+            ax.stairs(ground + 0.85 * share / tallest, edges, baseline=ground, fill=True, color=colour, alpha=0.75)
+            ax.axhline(ground, color="black", linewidth=0.6)
+            if not values[label].size:
+                ax.text(0.5, ground + 0.3, "no layers of one shape to compare", transform=ax.get_yaxis_transform(),
+                        ha="center", fontsize=8.5)  # fmt: skip
                 continue
-            colour, marker, line = look(place)
-            share = np.histogram(np.clip(values, -1, 1), edges)[0] / len(values)
-            top = max(top, float(share.max()))
-            median = float(np.median(values))
-            ax.stairs(100 * share, edges, fill=True, color=colour, alpha=0.18)
-            ax.stairs(100 * share, edges, color=colour, linestyle=line, linewidth=1.6, label=f"{label}: {median:.3f}")
-            on_axis = ax.get_xaxis_transform()
-            ax.plot([median], [0.0], marker, color=colour, transform=on_axis, clip_on=False, zorder=5, markersize=7)
-        ax.set(xlim=(-1.02, 1.02), ylim=(0, 118 * top if top else 1))
+            median = float(np.median(values[label]))
+            ax.plot([median, median], [ground, ground + 0.92], color="black", linewidth=1.2)
+            left = median > (low + high) / 2
+            ax.annotate(f"median {median:.3f}", (median, ground + 0.92), xytext=(-4 if left else 4, 0), va="top",
+                        ha="right" if left else "left", textcoords="offset points", fontsize=8.5)  # fmt: skip
+        ax.set_xlim(low, high)
+        ax.set_ylim(0, len(shares))
+        ax.set_yticks([each + 0.4 for each in range(len(shares))][::-1], list(shares))
+        ax.tick_params(axis="y", length=0)
         ax.set_xlabel(TITLES[which])
-        ax.set_ylabel("share of the steps (%)")
-        ax.legend(frameon=False, fontsize=8.5, title="median of", title_fontsize=8.5, alignment="left")
-        bare(ax)
+        ax.set_title(f"height: share of the steps, {100 * tallest:.0f} % at most", fontsize=8.5, loc="right")
+        bare(ax, "top", "right", "left")
+        ax.grid(visible=False, axis="y")
         return ax
 
     def _paint(self, ax: Axes) -> None:

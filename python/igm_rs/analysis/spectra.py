@@ -68,7 +68,8 @@ class LayerSpectra(Picture):
                         markeredgewidth=0.5)  # fmt: skip
             ax.plot([], [], marker, color=colour, markersize=7, label=label)
         ax.set_yscale("log")
-        ax.set_xticks(range(len(places)), [layer for _, layer in places], rotation=40, ha="right", fontsize=8.5)
+        layers = [layer.removeprefix(f"{name}.") for name, layer in places]
+        ax.set_xticks(range(len(places)), layers, rotation=40, ha="right", fontsize=8.5)
         ax.set_xlim(-0.6, len(places) - 0.4)
         names = [name for name, _ in places]
         for name in dict.fromkeys(names):

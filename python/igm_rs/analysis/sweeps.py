@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -28,11 +29,14 @@ RHOS = (1e-15, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2, 0.05, 0.1)
 INERT = 0.5
 """Below this effective perturbation the optimizer warns that ρ is lost in rounding."""
 
+LOST = "rho = .* is below the resolution of the weights"
+"""Beginning of the optimizer's warning, which a sweep need not repeat: it is there to show this."""
+
 EFFECTS = {
-    "rho": ("effective_perturbation", "effective perturbation, ‖realised ε‖ / ρ"),
-    "tau": ("cosine", "cosine of the gradient before and after T"),
+    "rho": ("effective_perturbation", "effective perturbation", "‖realised ε‖ / ρ"),
+    "tau": ("cosine", "cosine before/after T", "cosine of the gradient before and after T"),
 }
-"""For each parameter what is on the second axis: its name in the numbers, and its label."""
+"""For each parameter what is on the second axis: its name in the numbers, in the legend, and at the axis."""
 
 SYMBOLS = {"rho": ("ρ", "length of the perturbation, unit of the weights"), "tau": ("τ", "strength of the projection")}
 
@@ -86,7 +90,7 @@ class Sweep(Picture):
         from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
         symbol, words = SYMBOLS[self.parameter]
-        name, label = EFFECTS[self.parameter]
+        name, short, label = EFFECTS[self.parameter]
         shown = []
         for place, (measure, per) in enumerate(self.scores.items()):
             colour, marker, line = look(place)
@@ -112,7 +116,7 @@ class Sweep(Picture):
         if points:
             x, y = zip(*points, strict=True)
             shown += other.plot(
-                x, y, color=BLACK, linestyle=(0, (4, 2)), linewidth=1.1, marker="x", label="effect (right)"
+                x, y, color=BLACK, linestyle=(0, (4, 2)), linewidth=1.1, marker="x", label=f"{short} (right)"
             )
         low = min([0.0, *(each for _, each in points)])
         other.set_ylim(low - 0.05, max([1.0, *(each for _, each in points)]) * 1.08)
@@ -149,6 +153,8 @@ def sweep(
 ) -> Sweep:
     """Train at each value of ρ or τ, and return the scores beside what each value really did (Fig. 3).
 
+    The optimizer's warning of a ρ that is lost in rounding is not shown: :meth:`Sweep.inert` and the picture say it.
+
     Parameters
     ----------
     parameter : {"rho", "tau"}
@@ -181,7 +187,8 @@ def sweep(
     if not chosen:
         raise ValueError("values is empty, expected one number or more")
     found: list[list[tuple[Scores, Mapping[str, float | None]]]] = []
-    with bar(len(chosen) * repeats, f"trainings by {parameter}", progress) as done:
+    with warnings.catch_warnings(), bar(len(chosen) * repeats, f"trainings by {parameter}", progress) as done:
+        warnings.filterwarnings("ignore", message=LOST)
         for value in chosen:
             found.append([])
             for repeat in range(repeats):

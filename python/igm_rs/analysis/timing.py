@@ -79,7 +79,7 @@ class TrainingTime(Picture):
                         fontsize=8.5, color=GREY)  # fmt: skip
         ax.set_yticks(range(len(labels)), labels)
         ax.set_ylim(len(labels) - 0.4, -0.6)
-        ax.set_xlim(0, 1.28 * max(factor * self.median(label) for label in labels))
+        ax.set_xlim(0, 1.4 * max(factor * self.median(label) for label in labels))
         what = "a step" if self.calls == 1 else f"{self.calls} calls"
         ax.set_xlabel(f"time of {what} ({unit}): median, line = quartiles")
         bare(ax, "top", "right", "left")
