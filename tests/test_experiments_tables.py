@@ -99,6 +99,81 @@ def rows_of(grid):
     return {row[0].text: row[len(grid.words) :] for row in grid.rows}
 
 
+# Plans
+
+
+def test_first_plan_has_every_method_and_each_modality_alone():
+    lines = plans.plan(1, ["a", "b", "c"])
+    assert [line.row.key for line in lines][:5] == ["single-a", "single-b", "single-c", "joint-concat", "joint-sum"]
+    wanted = [key for key in plans.METHODS if key not in ("single", "igm-one-sided")]
+    assert [line.row.method for line in lines][3:] == wanted
+    assert all(line.row.overrides == {} and line.tuned_as is line.row for line in lines)
+    assert all(line.words == (line.row.label,) for line in lines)
+    few = plans.plan(1, ["a", "b"], ["igm", "single"])
+    assert [line.row.key for line in few] == ["single-a", "single-b", "igm"]
+
+
+def test_second_plan_is_sam_by_modification():
+    lines = plans.plan(2, ["a", "b"])
+    assert {line.words: line.row.key for line in lines} == {
+        ("×", "×"): "turns", ("✓", "×"): "turns-sam", ("×", "✓"): "igm-no-sam", ("✓", "✓"): "igm",
+    }  # fmt: skip
+    for line in lines:
+        assert [line.row.of.sam, line.row.of.modifies] == [word == "✓" for word in line.words]
+
+
+@pytest.mark.parametrize(
+    ("modalities", "sources"),
+    [
+        (["a", "b"], [{"a": "b", "b": None}, {"a": None, "b": "a"}]),
+        (
+            ["a", "b", "c"],
+            [{"a": "c", "b": None, "c": "b"}, {"a": "c", "b": "a", "c": None}, {"a": None, "b": "a", "c": "b"}],
+        ),
+    ],
+)
+def test_third_plan_leaves_one_modality_unused_at_a_time(modalities, sources):
+    *lines, igm = plans.plan(3, modalities)
+    assert [line.row.overrides["sources"] for line in lines] == sources
+    assert [line.words[0] for line in lines] == [f"without the T of {name}" for name in modalities]
+    assert {line.row.method for line in lines} == {"igm-one-sided"}
+    assert {line.tuned_as.key for line in (*lines, igm)} == {"igm"}
+    assert len({line.row.key for line in lines}) == len(modalities)
+
+
+def test_fourth_plan_goes_from_all_to_none():
+    lines = plans.plan(4, ["a", "b"])
+    assert [line.words[0] for line in lines] == ["100%", "50%", "30%", "head", "0% (none)"]
+    assert [line.row.overrides for line in lines] == [{"scope": 1.0}, {"scope": 0.5}, {"scope": 0.3}, {}, {}]
+    assert [line.row.method for line in lines] == ["igm"] * 4 + ["turns-sam"]
+
+
+def test_tables_share_rows():
+    first = {line.row for line in plans.plan(1, ["a", "b"])}
+    assert {line.row for line in plans.plan(2, ["a", "b"])} <= first
+    assert plans.plan(3, ["a", "b"])[-1].row in first
+
+
+def test_every_effect_is_of_methods_that_there_are():
+    for effects in plans.EFFECTS.values():
+        for effect in effects:
+            assert {effect.mine, effect.theirs} <= plans.METHODS.keys()
+
+
+@pytest.mark.parametrize(
+    ("number", "modalities", "methods", "message"),
+    [
+        (5, ["a", "b"], None, "table is 5, expected one of 1, 2, 3, 4"),
+        (1, ["a", "b"], ["other"], "method is 'other', expected one of single, "),
+        (2, ["a", "b"], ["igm"], "methods: table 2 is about the methods that it has, expected a choice for table 1"),
+        (1, ["a"], None, "modalities are a, expected at least two to compare methods"),
+    ],
+)
+def test_plans_refuse_what_there_is_not(number, modalities, methods, message):
+    with pytest.raises(ValueError, match=message):
+        plans.plan(number, modalities, methods)
+
+
 # Numbers
 
 

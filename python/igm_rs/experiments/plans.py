@@ -125,7 +125,7 @@ def plan(number: int, modalities: Sequence[str], methods: Sequence[str] | None =
     if len(modalities) < 2:
         raise ValueError(f"modalities are {', '.join(modalities)}, expected at least two to compare methods")
     names = tuple(modalities)
-    return [_first, _second, _third, _fourth][number - 1](names, METHODS if methods is None else methods)
+    return [_first, _second, _third, _fourth][number - 1](names, list(METHODS if methods is None else methods))
 
 
 def _own(row: Row, *words: str) -> Line:
