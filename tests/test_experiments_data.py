@@ -218,6 +218,7 @@ def test_the_test_split_is_counted_and_can_be_shut(loaded):
     with pytest.raises(RuntimeError, match="test split of watch is shut while settings are chosen"):
         shut.open_test()
     assert "test" not in shut.sizes
+    assert (dataset.has_test, shut.has_test) == (True, False)
     assert (shut.name, shut.kinds, shut.class_names) == (dataset.name, dataset.kinds, dataset.class_names)
     assert dataset.test_openings == shut.test_openings == 0
     dataset.open_test()

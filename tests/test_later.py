@@ -15,12 +15,11 @@ import torch
 from igm_rs.experiments import data, later
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ROOT / "data"
 
 
 @pytest.fixture(scope="module")
 def mfeat():
-    return data.load("mfeat", SHIPPED)
+    return data.load("mfeat")
 
 
 def setting(key, seed=0, steps=150, rate=0.1, **changes):
@@ -90,18 +89,7 @@ def test_the_test_split_is_opened_once_by_final_runs_alone(mfeat):
 
 
 def test_the_command_writes_results_table_and_picture(tmp_path, capsys):
-    arguments = [
-        "--data",
-        str(SHIPPED),
-        "--out",
-        str(tmp_path / "out"),
-        "--seeds",
-        "2",
-        "--steps",
-        "2",
-        "--workers",
-        "2",
-    ]
+    arguments = ["--out", str(tmp_path / "out"), "--seeds", "2", "--steps", "2", "--workers", "2"]
     assert later.main(arguments) == 0
     said = capsys.readouterr().out
     written = {path.name: path for path in (tmp_path / "out").iterdir()}
@@ -123,7 +111,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(later, "_run_all", interrupted)
-    assert later.main(["--data", str(SHIPPED), "--out", str(tmp_path)]) == 130
+    assert later.main(["--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted: no results were written\n"
     with pytest.raises(SystemExit):
         later.main(["--seeds", "0"])

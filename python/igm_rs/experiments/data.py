@@ -227,6 +227,11 @@ class DataSet:
         """Names of the modalities, in the order of training."""
         return tuple(self.train.inputs)
 
+    @property
+    def has_test(self) -> bool:
+        """Whether there is a test split to open; asking does not open it."""
+        return self._test is not None
+
     def open_test(self) -> Split:
         """Return the test split, and count that it was looked at.
 

@@ -19,25 +19,32 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import igm_rs
 
-from .__main__ import _cores, _count, _versions  # which says what to install where a package is missing
-from .data import DataSet, load
-from .evaluation import accuracy
-from .figures import BLUE, EDGE, GREY, ORANGE
-from .grids import markdown
-from .running import FIRST_SEED, TUNING_SEEDS
-from .statistics import half_width
-from .training import batch_stream
-
-if TYPE_CHECKING:
+try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from tqdm import tqdm
+
+    from igm_rs.analysis.drawing import BLUE, GREY, ORANGE
+
+    from .data import DataSet, load
+    from .evaluation import accuracy
+    from .grids import markdown
+    from .running import cores, count, versions
+    from .sets import ARCHIVES
+    from .statistics import half_width
+    from .training import batch_stream
+except ModuleNotFoundError as missing:
+    package = str(missing.name).split(".")[0]
+    if package in ("matplotlib", "torchmetrics", "tqdm"):
+        sys.exit(f"error: the experiments need {package}: pip install 'igm-rs[experiments]'")
+    raise
 
 __all__ = ["METHODS", "Later", "Method", "Outcome", "Setting", "main", "run"]
 
@@ -54,6 +61,12 @@ STEPS = 600
 """Gradient steps of each view, unless told otherwise."""
 
 BATCH, MOMENTUM = 32, 0.9
+
+TUNING_SEEDS, FIRST_SEED = (1000, 1001), 100
+"""Of the runs that choose the settings; of the first final run."""
+
+EDGE: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 0.6}
+"""Of the dots that stand for means."""
 
 
 @dataclass(frozen=True)
@@ -223,8 +236,6 @@ def _run(setting: Setting, folder: Path) -> Outcome:
 
 def _run_all(settings: Sequence[Setting], folder: Path, workers: int, what: str) -> list[Outcome]:
     """Do all runs, side by side, with one bar; the outcomes are in the order of `settings`."""
-    from tqdm import tqdm
-
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(min(workers, len(settings)), context) as pool,
@@ -292,7 +303,7 @@ def results(folder: Path, seeds: int, steps: int, workers: int) -> dict[str, Any
         "protocol": _protocol(seeds, steps),
         "seeds": seeds,
         "steps": steps,
-        "versions": _versions(),
+        "versions": versions(),
         "seconds": round(time.monotonic() - began, 1),
         "rows": rows,
     }
@@ -338,8 +349,6 @@ def _cell(values: Sequence[float]) -> str:
 
 def figure(found: Mapping[str, Any]) -> Figure:
     """Draw the forgetting of the first view, and the mean accuracy of all, by method: seeds, and their means."""
-    from matplotlib.figure import Figure
-
     drawn = Figure(figsize=(10.4, 4.2), layout="constrained")
     left, right = drawn.subplots(1, 2, sharey=True)
     rows = found["rows"]
@@ -369,8 +378,8 @@ def write(folder: Path, found: Mapping[str, Any]) -> list[Path]:
     """Write ``results.json``, ``table.md`` and ``forgetting.png`` and return their paths."""
     paths = [folder / name for name in ("results.json", "table.md", "forgetting.png")]
     paths[0].write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    parts = ["# A modality that comes later", found["protocol"], table(found), f"Made with {versions}."]
+    made_with = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    parts = ["# A modality that comes later", found["protocol"], table(found), f"Made with {made_with}."]
     paths[1].write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     figure(found).savefig(paths[2], dpi=160)
     return paths
@@ -383,11 +392,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Train views of mfeat after one another on a shared trunk; tell what the first one forgets.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with mfeat.npz")
+    parser.add_argument("--data", type=Path, default=ARCHIVES, help="folder with mfeat.npz")
     parser.add_argument("--out", type=Path, default=Path("results/later"), help="folder for table and picture")
-    parser.add_argument("--seeds", type=_count, default=5, help="final runs of every method")
-    parser.add_argument("--steps", type=_count, default=STEPS, help="gradient steps of each view")
-    parser.add_argument("--workers", type=_count, default=_cores(), help="runs side by side, one thread each")
+    parser.add_argument("--seeds", type=count, default=5, help="final runs of every method")
+    parser.add_argument("--steps", type=count, default=STEPS, help="gradient steps of each view")
+    parser.add_argument("--workers", type=count, default=cores(), help="runs side by side, one thread each")
     options = parser.parse_args(arguments)
     try:
         _loaded(options.data)
