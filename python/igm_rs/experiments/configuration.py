@@ -144,6 +144,9 @@ class Config:
             plain = {name: None if source in (None, "none") else source for name, source in self.sources.items()}
             object.__setattr__(self, "sources", plain)
 
+    def __hash__(self) -> int:
+        return hash(repr(self.plain()))
+
     @property
     def final_seeds(self) -> range:
         """Seeds of the final runs."""

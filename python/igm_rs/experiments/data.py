@@ -31,7 +31,8 @@ __all__ = [
     "parts",
     "read",
     "register",
-    "register_from",
+    "run_file",
+    "sets_of",
     "standardise",
     "vocabulary_of",
     "word_ids",
@@ -423,15 +424,15 @@ def register(
     return keep
 
 
-def register_from(file: Path) -> list[str]:
-    """Run a Python file that registers data sets, and return the names of these.
+def run_file(file: Path) -> None:
+    """Run a Python file that registers data sets or methods.
 
     Raises
     ------
     FileNotFoundError
         If it is not there.
     ValueError
-        If it cannot be run, or registers no data set: names the file and the reason.
+        If it cannot be run: names the file and the reason.
     """
     if not file.is_file():
         raise FileNotFoundError(f"file {file} does not exist, expected a Python file that registers data sets")
@@ -447,10 +448,11 @@ def register_from(file: Path) -> list[str]:
     except Exception as error:
         del sys.modules[module]
         raise ValueError(f"file {file} cannot be run: {type(error).__name__}: {error}") from error
-    found = [name for name, entry in _SETS.items() if entry.defined == path]
-    if not found:
-        raise ValueError(f"file {file} registers no data set, expected a function under @register(…)")
-    return found
+
+
+def sets_of(file: Path) -> list[str]:
+    """Return the names of the data sets that a file has registered."""
+    return [name for name, entry in _SETS.items() if entry.defined == file.resolve()]
 
 
 def names() -> list[str]:

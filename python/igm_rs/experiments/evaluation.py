@@ -96,7 +96,7 @@ def measures(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def predictions(model: Branches, split: Split, product: fusion.CalibratedProduct) -> dict[str, Tensor]:
+def predictions(model: Branches, split: Split, product: fusion.CalibratedProduct | None) -> dict[str, Tensor]:
     """Return the probabilities ``(n, c)``, float64, of each modality, of each fusion, and of a joint head.
 
     Parameters
@@ -105,8 +105,8 @@ def predictions(model: Branches, split: Split, product: fusion.CalibratedProduct
         The network, with one modality or more; of a single modality there is no fusion.
     split : Split
         The examples.
-    product : CalibratedProduct
-        Fitted on logits of the same network.
+    product : CalibratedProduct, optional
+        Fitted on logits of the same network; None: there is no ``calibrated`` fusion.
     """
     logits = {name: values.double() for name, values in model.logits(split.inputs).items()}
     out = {name: torch.softmax(values, -1) for name, values in logits.items()}
@@ -114,7 +114,7 @@ def predictions(model: Branches, split: Split, product: fusion.CalibratedProduct
         out |= {
             "mean": fusion.mean(logits),
             "entropy": fusion.entropy_weighted(logits),
-            "calibrated": product(logits),
+            **({} if product is None else {"calibrated": product(logits)}),
             "sum": torch.softmax(torch.stack(list(logits.values())).sum(0), -1),
         }
     if model.joined:
@@ -133,7 +133,7 @@ def score(model: Branches, split: Split, product: fusion.CalibratedProduct) -> S
     return {measure: {name: values[measure] for name, values in of.items()} for measure in MEASURES}
 
 
-def watched(model: Branches, split: Split, product: fusion.CalibratedProduct) -> dict[str, float]:
+def watched(model: Branches, split: Split, product: fusion.CalibratedProduct | None) -> dict[str, float]:
     """Return the accuracy of all :func:`predictions` on a split, for training curves; parameters as there."""
     return {name: accuracy(values, split.labels) for name, values in predictions(model, split, product).items()}
 

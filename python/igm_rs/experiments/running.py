@@ -1,14 +1,21 @@
-"""The runs: settings chosen on validation with seeds of their own, then the final runs; side by side in processes."""
+"""The runs: learning rates chosen on validation with seeds of their own, then final runs; side by side, left and resumed."""
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
+import io
+import json
 import multiprocessing
+import os
 import queue as queues
 import signal
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -17,62 +24,77 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from .configuration import Config
 from .data import DataSet, load
-from .evaluation import Scores, evaluate
-from .methods import Row, Settings
-from .training import Point, train
+from .evaluation import evaluate, of_fusion
+from .methods import Row
+from .registering import register_files
+from .store import (
+    RunRecord,
+    code_digest,
+    data_digest,
+    fingerprint,
+    finite,
+    read_record,
+    revision,
+    split_digest,
+    versions,
+    write_curve,
+    write_whole,
+)
+from .training import CHOSEN_BY, Progress, Stopped, Trained, Training
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
+    from multiprocessing.synchronize import Event
+
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
-    "FIRST_SEED",
-    "LEARNING_RATES",
-    "TUNING_SEEDS",
-    "UNTUNED_RATE",
     "Choice",
+    "InterruptedRuns",
     "Job",
-    "Outcome",
     "ProcessLostError",
-    "choose",
+    "RunRecord",
+    "Source",
+    "cores",
+    "count",
+    "peak_memory",
     "run_all",
     "run_job",
+    "tune",
+    "versions",
 ]
 
-LEARNING_RATES = (0.01, 0.03, 0.1)
-"""The grid, the same for every row of every table."""
+SAVE_EVERY = 10.0
+"""Seconds between two savings of an unfinished run, so that a power cut costs no more; an interrupt saves at once."""
 
-UNTUNED_RATE = 0.03
-"""Learning rate of every row where nothing is tuned."""
-
-TUNING_SEEDS = (1000, 1001)
-"""Seeds of the runs that choose settings."""
-
-FIRST_SEED = 100
-"""Seed of the first final run; the others follow it. Seeds 0 to 2 had served to settle the encoders and the budget."""
+NOT_OF_A_RUN = ("rates", "tuning_seeds", "first_seed", "seeds", "learning_rate")
+"""Values of the configuration that say which runs there are; one run does not depend on them."""
 
 
 class ProcessLostError(RuntimeError):
     """A process that did runs is gone."""
 
 
+class InterruptedRuns(KeyboardInterrupt):
+    """Runs were interrupted; those under way were saved."""
+
+
 @dataclass(frozen=True)
 class Choice:
-    """The settings that a row of the table is run with in the end.
+    """The learning rate that a row is run with in the end.
 
     Attributes
     ----------
     learning_rate : float
         Of the grid.
-    keep : int
-        The round whose weights are kept, from 1.
     tried : dict of float to float
-        For each learning rate the validation accuracy at its best round, as :func:`choose` has it; empty where nothing
-        was tuned.
+        For each learning rate the validation accuracy at the best round, mean over the tuning seeds; empty where
+        nothing was tuned.
     """
 
     learning_rate: float
-    keep: int
     tried: dict[float, float]
 
 
@@ -82,64 +104,107 @@ class Job:
 
     Attributes
     ----------
-    dataset : str
-        Name of the data set.
+    config : Config
+        Common to all rows.
     row : Row
-        Method and modalities.
-    settings : Settings
-        The budget and what else all runs have in common.
-    learning_rate : float
-        Of the grid.
+        Method, modalities, overrides.
     seed : int
         Of the run.
-    keep : int or None
-        For a final run, the round whose weights are measured on the test split. None: a tuning run, which gets a data
-        set without a test split.
+    learning_rate : float
+        At the start.
+    final : bool
+        Whether it is measured on the test split in the end. Else it is a tuning run, which gets a data set without a
+        test split.
     """
 
-    dataset: str
+    config: Config
     row: Row
-    settings: Settings
-    learning_rate: float
     seed: int
-    keep: int | None
+    learning_rate: float
+    final: bool
 
     @property
     def steps(self) -> int:
         """Gradient steps of all modalities together."""
-        return self.settings.steps * len(self.row.modalities)
+        return self.row.config(self.config).steps * len(self.row.modalities)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes, to begin with the longest run."""
+        return self.steps * (2 if self.row.of.sam else 1)
+
+    def folder(self, out: Path, digest: str) -> Path:
+        """Return where the run lies in the store; `digest` is that of the data."""
+        config = {name: value for name, value in self.row.config(self.config).plain().items()}
+        settings = {
+            "config": {name: value for name, value in config.items() if name not in NOT_OF_A_RUN},
+            "method": self.row.method,
+            "modalities": list(self.row.modalities),
+            "learning_rate": self.learning_rate,
+            "final": self.final,
+            "data": digest,
+            "code": [code_digest(), *_user_code(self.row)],
+            "torch": versions()["torch"],
+        }
+        place = out / "runs" / self.config.data / self.row.key
+        return place / fingerprint(settings) / f"seed-{self.seed}"
+
+
+def _user_code(row: Row) -> list[str]:
+    """Return the source of a method that is a user's own."""
+    import inspect
+
+    kind = type(row.of)
+    return [] if kind.__module__.startswith("igm_rs.") else [inspect.getsource(kind)]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run gave.
+class Source:
+    """Where data sets and methods come from, beside the package: told to every process.
 
     Attributes
     ----------
-    seed, kept, curve, seconds_per_step, skipped, cosine, effective_perturbation, projected_share
-        As in :class:`igm_rs.experiments.training.Trained`.
-    scores, temperatures : dict
-        On the test split; empty for a tuning run.
+    folder : Path, optional
+        Of the data set's files, see :func:`igm_rs.experiments.data.load`.
+    register : tuple of Path
+        Python files that register data sets or methods.
     """
 
-    seed: int
-    kept: int
-    curve: list[Point]
-    seconds_per_step: float
-    skipped: int
-    cosine: float | None
-    effective_perturbation: float | None
-    scores: Scores
-    temperatures: dict[str, float]
-    projected_share: float | None = None
+    folder: Path | None = None
+    register: tuple[Path, ...] = ()
+
+    def load(self, name: str) -> DataSet:
+        """Read a data set, once a process."""
+        register_files(self.register)
+        return _loaded(name, self.folder)
 
 
-Told = tuple[int, str, int, float, float | None]
-"""Progress: gradient steps since last time, label, seed, loss, validation accuracy once there is one."""
+@cache
+def _loaded(name: str, folder: Path | None) -> DataSet:
+    return load(name, folder)
 
 
-def run_job(job: Job, data: DataSet, tell: Callable[[Told], None]) -> Outcome:
-    """Do one run and, if it is a final one, measure it on the test split.
+@cache
+def _digest(name: str, folder: Path | None) -> str:
+    return data_digest(_loaded(name, folder))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run
+
+Tell = Callable[[Progress], None]
+
+
+def run_job(
+    job: Job,
+    data: DataSet,
+    folder: Path,
+    tell: Tell,
+    stop: Callable[[], bool],
+    *,
+    resume: bool = False,
+) -> RunRecord | None:
+    """Do one run, keep its record, and if it is a final one, measure it on the test split.
 
     Parameters
     ----------
@@ -147,135 +212,338 @@ def run_job(job: Job, data: DataSet, tell: Callable[[Told], None]) -> Outcome:
         What to run.
     data : DataSet
         The set of that name.
+    folder : Path
+        Of the run: ``run.json``, ``metrics.csv``, TensorBoard's events, and while it is unfinished ``checkpoint.pt``.
     tell : callable
-        Called with progress after each turn.
-    """
-    visible = data.without_test() if job.keep is None else data
-    trained = train(
-        visible,
-        job.row,
-        job.settings,
-        job.learning_rate,
-        job.seed,
-        keep=job.keep,
-        report=lambda steps, loss, right: tell((steps, job.row.label, job.seed, loss, right)),
-    )
-    scores, temperatures = ({}, {}) if job.keep is None else evaluate(trained.model, visible)
-    return Outcome(
-        seed=job.seed,
-        kept=trained.kept,
-        curve=trained.curve,
-        seconds_per_step=trained.seconds_per_step,
-        skipped=trained.skipped,
-        cosine=trained.cosine,
-        effective_perturbation=trained.effective_perturbation,
-        scores=scores,
-        temperatures=temperatures,
-        projected_share=trained.projected_share,
-    )
-
-
-def choose(outcomes: Iterable[tuple[float, Outcome]]) -> Choice:
-    """Choose learning rate and round by the validation accuracy of the fused prediction.
-
-    A round counts with its neighbours: its figure is the mean over the runs of a learning rate and over this round, the
-    one before and the one after, so that one lucky round does not win.
-
-    Parameters
-    ----------
-    outcomes : iterable of (float, Outcome)
-        Learning rate and outcome of every tuning run of one row.
+        Told about progress.
+    stop : callable
+        Asked before each step whether to stop there; the run is then saved.
+    resume : bool
+        Whether a saved run is continued. It begins anew otherwise.
 
     Returns
     -------
-    Choice
-        Where several are equally good, the latest round, and of these the first learning rate given.
+    dict or None
+        The record; None if the run was stopped.
 
     Raises
     ------
     ValueError
-        If there is no run.
+        If what was saved cannot be read.
     """
-    curves: dict[float, list[list[float]]] = {}
-    for rate, outcome in outcomes:
-        curves.setdefault(rate, []).append([point.fused for point in outcome.curve])
-    if not curves:
-        raise ValueError("there is no tuning run to choose from")
-    best = {}
-    for rate, runs in curves.items():
-        means = [fmean(values) for values in zip(*runs, strict=True)]
-        smooth = [fmean(means[max(0, at - 1) : at + 2]) for at in range(len(means))]
-        best[rate] = max((accuracy, number) for number, accuracy in enumerate(smooth, start=1))
-    rate = max(best, key=lambda tried: best[tried])
-    return Choice(rate, best[rate][1], {tried: accuracy for tried, (accuracy, _) in best.items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.pt"
+    with suppress(OSError):  # not everywhere
+        Path("/proc/self/clear_refs").write_text("5")
+    visible = data if job.final else data.without_test()
+    training = Training(visible, job.row, job.config, job.learning_rate, job.seed)
+    before = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": 0.0}
+    if resume and checkpoint.is_file():
+        before = _load(checkpoint, training)
+        tell(Progress(training.done, float("nan"), None))
+    began = time.perf_counter()
+
+    def save() -> None:
+        spent = before["seconds"] + time.perf_counter() - began
+        _save(checkpoint, training, {**before, "seconds": spent})
+
+    saved = began
+
+    def save_now_and_then() -> None:
+        nonlocal saved
+        if time.perf_counter() - saved > SAVE_EVERY and training.done < training.total:
+            save()
+            saved = time.perf_counter()
+
+    with _log(folder, training.done) as note:
+
+        def report(progress: Progress) -> None:
+            if progress.point is not None:
+                note(training.curve, progress.point)
+            tell(progress)
+
+        try:
+            trained = training.run(report, stop, save_now_and_then)
+        except Stopped:
+            save()
+            return None
+    seconds = before["seconds"] + time.perf_counter() - began
+    record = _record(job, visible, training, trained, before["started"], seconds)
+    write_whole(folder / "run.json", (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
+    checkpoint.unlink(missing_ok=True)
+    return record
 
 
-def run_all(jobs: Sequence[Job], folder: Path, workers: int, what: str) -> list[Outcome]:
-    """Do all runs and show one progress bar over their gradient steps.
+def _record(job: Job, data: DataSet, training: Training, trained: Trained, started: str, seconds: float) -> RunRecord:
+    """Return what is kept of a run; of a final one the test split is opened here, once."""
+    chosen: dict[str, Any] = {"round": trained.rounds["chosen"]}
+    last: dict[str, Any] = {"round": trained.rounds["last"]}
+    temperatures: dict[str, float] = {}
+    if job.final:
+        try:
+            found = evaluate(trained.model, data, trained.weights)
+        except ValueError as error:
+            raise ValueError(
+                f"{job.row.label}, seed {job.seed}, learning rate {job.learning_rate:g} cannot be measured, most likely "
+                f"because training has diverged: {error}"
+            ) from error
+        chosen["scores"], last["scores"] = found.scores["chosen"], found.scores["last"]
+        temperatures = found.temperatures["chosen"]
+    record = {
+        "dataset": job.config.data,
+        "method": job.row.method,
+        "row": job.row.key,
+        "label": job.row.label,
+        "modalities": list(job.row.modalities),
+        "overrides": dict(job.row.overrides),
+        "seed": job.seed,
+        "learning_rate": job.learning_rate,
+        "final": job.final,
+        "config": training.config.plain(),
+        "versions": versions(),
+        "revision": revision(),
+        "digests": {
+            "data": data_digest(data),
+            "test": split_digest(replace(data).open_test()) if job.final else None,
+            "code": code_digest(),
+        },
+        "started": started,
+        "curve": trained.curve,
+        "chosen": chosen,
+        "last": last,
+        "temperatures": temperatures,
+        "after_turn": trained.after_turn,
+        "seconds_per_step": trained.seconds_per_step,
+        "seconds": seconds,
+        "peak_memory": peak_memory(),
+        "skipped": trained.skipped,
+        "cosine": trained.cosine,
+        "effective_perturbation": trained.effective_perturbation,
+        "projected_share": trained.projected_share,
+        "parameters": training.parameters,
+    }
+    plain: RunRecord = json.loads(json.dumps(finite(record)))  # as it will be read again
+    return plain
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory of this process in bytes, torch and data included.
+
+    On Linux since the run began; elsewhere since the process did.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _save(path: Path, training: Training, before: Mapping[str, Any]) -> None:
+    """Keep an unfinished run."""
+    held = io.BytesIO()
+    torch.save({"training": training.state(), **before}, held)
+    write_whole(path, held.getvalue())
+
+
+def _load(path: Path, training: Training) -> dict[str, Any]:
+    """Take up an unfinished run and return when it was started and how long it ran."""
+    try:
+        kept = torch.load(path, weights_only=True)
+        training.load_state(kept["training"])
+        return {"started": kept["started"], "seconds": kept["seconds"]}
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} cannot be read ({error}); delete it to begin anew") from error
+
+
+@contextmanager
+def _log(folder: Path, done: int) -> Iterator[Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], None]]:
+    """Give what notes a round: all of the curve as CSV, the last point for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if not done:
+        for stale in folder.glob("events.out.tfevents.*"):
+            stale.unlink()
+    writer: SummaryWriter = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def note(curve: Sequence[Mapping[str, Any]], point: Mapping[str, Any]) -> None:
+        write_curve(folder / "metrics.csv", curve)
+        writer.add_scalar("training loss", point["loss"], point["steps"])  # type: ignore[no-untyped-call]
+        for name, value in point["accuracy"].items():
+            writer.add_scalar(f"validation accuracy/{name}", value, point["steps"])  # type: ignore[no-untyped-call]
+
+    try:
+        yield note
+    finally:
+        writer.close()  # type: ignore[no-untyped-call]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many runs
+
+Told = tuple[int, Progress]
+"""Which job, and how it goes on."""
+
+
+def run_all(
+    jobs: Sequence[Job],
+    out: Path,
+    workers: int,
+    what: str = "training",
+    *,
+    resume: bool = False,
+    source: Source = Source(),  # frozen
+) -> list[RunRecord]:
+    """Do all runs that are not in the store yet, with one progress bar over their gradient steps.
 
     Parameters
     ----------
     jobs : sequence of Job
-        The runs.
-    folder : Path
-        Where the data lie.
+        The runs; equal ones are done once.
+    out : Path
+        Folder of results; the store is ``runs`` in it.
     workers : int
-        Processes side by side, one thread each; 1 runs everything in this process. The outcomes do not depend on it.
+        Processes side by side, one thread each; 1 runs everything in this process. The records do not depend on it but
+        for times and memory.
     what : str
         Shown before the bar.
+    resume : bool
+        Whether interrupted runs are continued, bit for bit; they begin anew otherwise.
+    source : Source
+        Where the data come from.
 
     Returns
     -------
-    list of Outcome
-        In the order of `jobs`.
+    list of dict
+        The records, in the order of `jobs`.
 
     Raises
     ------
+    InterruptedRuns
+        After Ctrl-C: runs under way were saved. A second Ctrl-C does not wait for that.
     ProcessLostError
         If a process dies, for instance for want of memory.
     """
-    total = sum(job.steps for job in jobs)
-    with tqdm(total=total, desc=what, unit="step", smoothing=0.05, dynamic_ncols=True) as bar:
+    unique = list(dict.fromkeys(jobs))
+    sets = {job.config.data: source.load(job.config.data) for job in unique}
+    folders = {job: job.folder(out, _digest(job.config.data, source.folder)) for job in unique}
+    records: dict[Job, RunRecord] = {}
+    for job in unique:
+        found = read_record(folders[job], sets[job.config.data] if job.final else None)
+        if found is not None:
+            records[job] = found
+    left = [job for job in unique if job not in records]
+    if not left:
+        return [records[job] for job in jobs]
+    total = sum(job.steps for job in left)
+    with (
+        tqdm(total=total, desc=what, unit="step", smoothing=0.05, dynamic_ncols=True) as bar,
+        _interrupts() as interrupted,
+    ):
+        seen: dict[int, str] = {}
 
         def show(told: Told) -> None:
-            steps, label, seed, loss, right = told
-            seen = "" if right is None else f", validation {right:.1%}"
-            bar.set_postfix_str(f"{label}, seed {seed}, loss {loss:.3f}{seen}", refresh=False)
-            bar.update(steps)
+            index, progress = told
+            if progress.accuracy is not None:
+                seen[index] = ", ".join(f"{name} {value:.1%}" for name, value in progress.accuracy.items())
+            job = left[index]
+            words = [job.row.label, f"seed {job.seed}", f"loss {progress.loss:.3f}", *filter(None, [seen.get(index)])]
+            bar.set_postfix_str(", ".join(words), refresh=False)
+            bar.update(progress.steps)
 
+        tasks = [_Task(job, folders[job], source, resume) for job in left]
         if workers == 1:
-            outcomes = [_run_here(job, folder, show) for job in jobs]
+            done = _run_here(tasks, show, interrupted)
         else:
-            outcomes = _run_beside(jobs, folder, min(workers, len(jobs)), show)
+            done = _run_beside(tasks, min(workers, len(left)), show, interrupted)
+        if interrupted():
+            raise InterruptedRuns
         bar.update(total - bar.n)  # the last reports of a process may still be on their way
-        return outcomes
+    for job, record in zip(left, done, strict=True):
+        if record is not None:
+            records[job] = record
+    return [records[job] for job in jobs]
 
 
-def _run_here(job: Job, folder: Path, tell: Callable[[Told], None]) -> Outcome:
-    """Do a run in this process, on one thread."""
+@dataclass(frozen=True)
+class _Task:
+    """A job as a process gets it."""
+
+    job: Job
+    folder: Path
+    source: Source
+    resume: bool
+
+    def do(self, tell: Tell, stop: Callable[[], bool]) -> RunRecord | None:
+        data = replace(self.source.load(self.job.config.data), test_openings=0)
+        return run_job(self.job, data, self.folder, tell, stop, resume=self.resume)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a note that is asked for, the second one into an interrupt."""
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run_here(
+    tasks: Sequence[_Task], show: Callable[[Told], None], interrupted: Callable[[], bool]
+) -> list[RunRecord | None]:
+    """Do the runs in this process, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    out: list[RunRecord | None] = []
     try:
-        return run_job(job, _loaded(job.dataset, folder), tell)
+        for index, task in enumerate(tasks):
+            if interrupted():
+                break
+
+            def tell(progress: Progress, index: int = index) -> None:
+                show((index, progress))
+
+            out.append(task.do(tell, interrupted))
     finally:
         torch.set_num_threads(threads)
+    return out
 
 
-def _run_beside(jobs: Sequence[Job], folder: Path, workers: int, show: Callable[[Told], None]) -> list[Outcome]:
-    """Do the runs in processes that send their progress through a queue."""
+def _run_beside(
+    tasks: Sequence[_Task], workers: int, show: Callable[[Told], None], interrupted: Callable[[], bool]
+) -> list[RunRecord | None]:
+    """Do the runs in processes that send their progress through a queue; the longest begin."""
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     told: Queue[Told] = context.Queue()
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (told,)) as pool:
-        longest_first = sorted(range(len(jobs)), key=lambda index: -_passes(jobs[index]))
-        futures = {index: pool.submit(_run_in_worker, jobs[index], folder) for index in longest_first}
+    stop = context.Event()
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (told, stop)) as pool:
+        order = sorted(range(len(tasks)), key=lambda index: -tasks[index].job.passes)
+        futures = {index: pool.submit(_run_in_worker, index, tasks[index]) for index in order}
         waiting = set(futures.values())
         try:
             while waiting:
                 finished, waiting = concurrent.futures.wait(waiting, timeout=0.1, return_when="FIRST_EXCEPTION")
                 for future in finished:
-                    future.result()
+                    if not future.cancelled():
+                        future.result()
                 _drain(told, show)
+                if interrupted() and not stop.is_set():
+                    stop.set()
+                    for future in waiting:
+                        future.cancel()
         except concurrent.futures.process.BrokenProcessPool as error:
             raise ProcessLostError(
                 "a process ended before its run did, most likely for want of memory: try again with --workers 1"
@@ -285,12 +553,7 @@ def _run_beside(jobs: Sequence[Job], folder: Path, workers: int, show: Callable[
                 process.terminate()
             raise
         _drain(told, show)
-        return [futures[index].result() for index in range(len(jobs))]
-
-
-def _passes(job: Job) -> int:
-    """Forward and backward passes of a run, to begin with the longest."""
-    return job.steps * (2 if job.row.method.rho > 0 else 1)
+        return [None if futures[index].cancelled() else futures[index].result() for index in range(len(tasks))]
 
 
 def _drain(told: Queue[Told], show: Callable[[Told], None]) -> None:
@@ -300,23 +563,118 @@ def _drain(told: Queue[Told], show: Callable[[Told], None]) -> None:
             show(told.get_nowait())
 
 
-_queue: list[Any] = []
-"""In a process of the pool: where its progress goes."""
+_worker: list[Any] = []
+"""In a process of the pool: where its progress goes, and what says that it shall stop."""
 
 
-def _start_worker(told: Queue[Told]) -> None:
-    """Prepare a process: one thread, the queue, and interrupts left to the process that started it."""
+def _start_worker(told: Queue[Told], stop: Event) -> None:
+    """Prepare a process: one thread, queue and event, and interrupts left to the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _queue[:] = [told]
+    _worker[:] = [told, stop]
 
 
-def _run_in_worker(job: Job, folder: Path) -> Outcome:
+def _run_in_worker(index: int, task: _Task) -> RunRecord | None:
     """Do a run in a process of the pool."""
-    return run_job(job, _loaded(job.dataset, folder), _queue[0].put)
+    told, stop = _worker
+    return task.do(lambda progress: told.put((index, replace(progress, point=None))), stop.is_set)
 
 
-@cache
-def _loaded(name: str, folder: Path) -> DataSet:
-    """Read a data set once a process."""
-    return load(name, folder)
+# ----------------------------------------------------------------------------------------------------------------------
+# Choosing
+
+
+def tune(
+    rows: Sequence[Row],
+    config: Config,
+    out: Path,
+    workers: int,
+    *,
+    resume: bool = False,
+    source: Source = Source(),  # frozen
+) -> dict[Row, Choice]:
+    """Choose the learning rate of each row on validation, with seeds that no final run has and no test split at hand.
+
+    Every row gets the same budget and the same grid. A rate's figure is the validation accuracy of the mean fusion at
+    its best round, mean over the tuning seeds. What was tried is kept in ``tuning`` in the folder of results.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        The rows.
+    config : Config
+        Has the grid, or one learning rate for all, in which case nothing is run.
+    out, workers, resume, source
+        As in :func:`run_all`.
+
+    Returns
+    -------
+    dict of Row to Choice
+        One entry a row.
+    """
+    rows = list(dict.fromkeys(rows))
+    if config.learning_rate is not None:
+        return {row: Choice(config.learning_rate, {}) for row in rows}
+    config = replace(config, protocol="validation")
+    grid = [(row, rate, seed) for row in rows for rate in config.rates for seed in config.tuning_seeds]
+    jobs = [Job(config, row, seed, rate, final=False) for row, rate, seed in grid]
+    records = run_all(jobs, out, workers, "choosing learning rates", resume=resume, source=source)
+    found: dict[Row, dict[float, list[float]]] = {}
+    for (row, rate, _), record in zip(grid, records, strict=True):
+        best = max(of_fusion(point["accuracy"], CHOSEN_BY) for point in record["curve"])
+        found.setdefault(row, {}).setdefault(rate, []).append(best)
+    choices = {}
+    for row, by_rate in found.items():
+        means = {rate: fmean(values) for rate, values in by_rate.items()}
+        choices[row] = Choice(max(means, key=lambda rate: means[rate]), means)
+    _log_tuning(out, config, found, choices)
+    return choices
+
+
+def _log_tuning(
+    out: Path, config: Config, found: Mapping[Row, Mapping[float, Sequence[float]]], choices: Mapping[Row, Choice]
+) -> None:
+    """Keep what was tried, a file for each row."""
+    folder = out / "tuning" / config.data
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, by_rate in found.items():
+        told = {
+            "row": row.key,
+            "config": row.config(config).plain(),
+            "chosen": choices[row].learning_rate,
+            "tried": [
+                {
+                    "learning_rate": rate,
+                    "validation_accuracy": dict(zip(map(str, config.tuning_seeds), values, strict=True)),
+                }
+                for rate, values in by_rate.items()
+            ],
+        }
+        text = json.dumps(told, ensure_ascii=False, indent=1) + "\n"
+        write_whole(folder / f"{row.key}.json", text.encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count(text: str) -> int:
+    """Read a positive integer.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If it is none.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value

@@ -1,65 +1,82 @@
-"""The training: one loop for every method, the same batches and the same budget for all."""
+"""The training: one loop for every method, the same batches and budget for all; it can be left and taken up."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import igm_rs
 
+from .configuration import Config
 from .data import DataSet, Split
-from .evaluation import accuracy
-from .methods import Row, Settings, make_optimizer
+from .evaluation import of_fusion, watched
+from .methods import Row
 from .networks import Branches
 
-__all__ = ["Point", "Trained", "batch_stream", "train"]
+__all__ = ["CHOSEN_BY", "Progress", "Stopped", "Trained", "Training", "batch_stream", "turns_of"]
 
-Report = Callable[[int, float, float | None], None]
-"""Called with the gradient steps done since the last call, the last loss, and the last validation accuracy if any."""
+CHOSEN_BY = "mean"
+"""The fusion whose accuracy chooses round and learning rate; a modality alone and a joint head have one prediction."""
+
+Active = tuple[str, ...]
+"""The modalities that one optimizer step moves."""
+
+Weights = dict[str, Tensor]
+
+
+class Stopped(Exception):  # noqa: N818  # nothing went wrong
+    """Training was asked to stop between two steps; :meth:`Training.state` takes it up again there."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """What validation says after a round.
+class Progress:
+    """What is told about a training while it goes on.
 
     Attributes
     ----------
     steps : int
-        Gradient steps that each modality has had.
+        Gradient steps of all modalities since the last time.
     loss : float
-        Mean training loss of the round, first passes only.
-    accuracy : dict
-        Share of correct predictions in [0, 1], by modality.
-    fused : float
-        The same for the sum of the logits of all modalities that were trained.
+        Of the last step's first pass.
+    accuracy : dict of str to float, optional
+        On validation, by modality and fusion; None before there is one.
+    point : dict, optional
+        The entry of the training curve, where a round has just ended.
     """
 
     steps: int
     loss: float
-    accuracy: dict[str, float]
-    fused: float
+    accuracy: Mapping[str, float] | None
+    point: Mapping[str, Any] | None = None
 
 
 @dataclass
 class Trained:
-    """The result of :func:`train`.
+    """The result of :meth:`Training.run`.
 
     Attributes
     ----------
     model : Branches
-        With the weights after round `kept`.
-    kept : int
-        Rounds behind the weights of `model`, counted from 1.
-    curve : list of Point
-        One entry a round.
+        With the weights of the last round.
+    weights : dict of str to state dict
+        ``"chosen"``: of the round that the protocol chooses; ``"last"``: of the last round.
+    rounds : dict of str to int
+        Rounds behind these weights, counted from 1.
+    curve : list of dict
+        One entry a round: ``round``; ``steps``, gradient steps that each modality has had, on average where they come
+        one after another; ``loss``, mean over the round, first passes only; ``accuracy`` on validation by modality and
+        fusion.
+    after_turn : list of dict
+        One entry a turn, ``round``, ``modality`` and ``scores`` on validation; the first is that of the initial
+        weights, round 0 and modality ``""``. Empty where there are no turns.
     seconds_per_step : float
         Wall time of training over the gradient steps of all modalities; validation not counted.
     skipped : int
@@ -74,32 +91,15 @@ class Trained:
     """
 
     model: Branches
-    kept: int
-    curve: list[Point]
+    weights: dict[str, Weights]
+    rounds: dict[str, int]
+    curve: list[dict[str, Any]]
+    after_turn: list[dict[str, Any]]
     seconds_per_step: float
     skipped: int
     cosine: float | None
     effective_perturbation: float | None
-    projected_share: float | None = None
-
-
-@dataclass
-class _Witness:
-    """What IGMOptimizer tells of a run: cosines of projected gradients, effective perturbations."""
-
-    cosines: list[float] = field(default_factory=list)
-    perturbations: list[float] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
-
-    def note(self, optimizer: torch.optim.Optimizer) -> None:
-        """Read the figures of the last step."""
-        if isinstance(optimizer, igm_rs.IGMOptimizer):
-            told = optimizer.last_stats
-            self.cosines += [layer["cosine"] for layer in told["projected"].values()]
-            if told["projected"] and told["active"] is not None:
-                self.shares.append(optimizer.projected_share[told["active"]])
-            if told["effective_perturbation"] is not None:
-                self.perturbations.append(told["effective_perturbation"])
+    projected_share: float | None
 
 
 def batch_stream(examples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -116,122 +116,320 @@ def batch_stream(examples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
             yield order[start : start + size]
 
 
-def train(
-    data: DataSet,
-    row: Row,
-    settings: Settings,
-    learning_rate: float,
-    seed: int,
-    keep: int | None = None,
-    report: Report | None = None,
-) -> Trained:
-    """Train one row of the table on the training split, watched on the validation split. The test split is not used.
+@dataclass(frozen=True)
+class Stretch:
+    """Steps without a break, after which validation is looked at.
+
+    Attributes
+    ----------
+    round : int
+        From 1.
+    steps : list of tuple of str
+        The modalities that each step moves.
+    factor : float
+        Of the learning rate.
+    ends_round : bool
+        Whether the round ends with it.
+    """
+
+    round: int
+    steps: list[Active]
+    factor: float
+    ends_round: bool
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What lies between two makings of T: stretches of one modality, or of all (`modality` is None)."""
+
+    modality: str | None
+    stretches: list[Stretch]
+
+
+def turns_of(row: Row, config: Config) -> list[Turn]:
+    """Return all turns of a training (Algorithm 1, lines 1-3).
+
+    In every schedule each modality gets ``config.steps`` steps, there are as many rounds, and the learning rate follows
+    half a cosine from 1 to 0: over the rounds, or, where modalities come one after another, over the steps of each.
+    """
+    names, lengths = row.modalities, config.turn_lengths
+    rounds = len(lengths)
+    factors = [0.5 * (1 + math.cos(math.pi * done / rounds)) for done in range(rounds)]
+    schedule = row.of.schedule
+    if schedule == "once":
+        turns = []
+        for place, name in enumerate(names):
+            stretches = []
+            for at, (length, factor) in enumerate(zip(lengths, factors, strict=True)):
+                number, rest = divmod(place * rounds + at + 1, len(names))
+                stretches.append(Stretch(number + (rest > 0), [(name,)] * length, factor, rest == 0))
+            turns.append(Turn(name, stretches))
+        return turns
+    turns = []
+    for number, (length, factor) in enumerate(zip(lengths, factors, strict=True), start=1):
+        if schedule == "turns":
+            for name in names:
+                turns.append(Turn(name, [Stretch(number, [(name,)] * length, factor, name == names[-1])]))
+        elif schedule == "batches":
+            turns.append(Turn(None, [Stretch(number, [(name,) for name in names] * length, factor, True)]))
+        else:
+            turns.append(Turn(None, [Stretch(number, [names] * length, factor, True)]))
+    return turns
+
+
+@dataclass
+class _Position:
+    """Where a training stands: finished turns, stretches of the open turn, steps of the open stretch."""
+
+    turn: int = 0
+    stretch: int = 0
+    step: int = 0
+    draws: dict[str, int] = field(default_factory=dict)
+    done: int = 0
+
+
+@dataclass
+class _Witness:
+    """What IGMOptimizer tells of a run: cosines of projected gradients, effective perturbations, projected shares."""
+
+    cosines: list[float] = field(default_factory=list)
+    perturbations: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+
+    def note(self, optimizer: torch.optim.Optimizer) -> None:
+        """Read the figures of the last step."""
+        if isinstance(optimizer, igm_rs.IGMOptimizer):
+            told = optimizer.last_stats
+            self.cosines += [layer["cosine"] for layer in told["projected"].values()]
+            if told["projected"] and told["active"] is not None:
+                self.shares.append(optimizer.projected_share[told["active"]])
+            if told["effective_perturbation"] is not None:
+                self.perturbations.append(told["effective_perturbation"])
+
+
+class Training:
+    """The training of one row of a table on the training split, watched on the validation split.
+
+    The test split is not used but under the protocol "paper", which chooses the round on it.
 
     Parameters
     ----------
     data : DataSet
         The set; its test split may be shut.
     row : Row
-        The method and its modalities.
-    settings : Settings
+        The method, its modalities and what it overrides.
+    config : Config
         The budget and what else all trainings have in common.
     learning_rate : float
-        At the start; it follows half a cosine over the rounds, down to zero after the last.
+        At the start.
     seed : int
         Of the initial weights and of the order of the batches.
-    keep : int, optional
-        The round, from 1, whose weights are returned; the last by default. The whole budget is used in any case.
-    report : callable, optional
-        Told about progress after each turn.
-
-    Returns
-    -------
-    Trained
-        The model and what was seen on the way.
-
-    Raises
-    ------
-    ValueError
-        If `keep` is no round of this budget.
     """
-    lengths = settings.turn_lengths
-    keep = len(lengths) if keep is None else keep
-    if not 1 <= keep <= len(lengths):
-        raise ValueError(f"keep is {keep}, expected a round from 1 to {len(lengths)}")
-    names, examples = row.modalities, len(data.train)
-    model = Branches.of(data, names, shared_head=row.method.orthogonal, seed=seed)
-    optimizer = make_optimizer(row, model, settings, learning_rate, max(1, examples // settings.batch_size))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_half_cosine, len(lengths)))
-    streams = {name: batch_stream(examples, settings.batch_size, seed) for name in names}
-    witness, kept = _Witness(), None
-    curve: list[Point] = []
-    seconds, done = 0.0, 0
-    for number, length in enumerate(lengths, start=1):
-        losses: list[Tensor] = []
-        for turn in _turns(row, length):
-            began = time.perf_counter()
-            with _turn(optimizer, row, turn):
-                for active in turn:
-                    chosen = [next(streams[name]) for name in active]  # the same for all: one seed, as many draws
-                    losses.append(_step(model, optimizer, active, chosen[0], data.train))
-            seconds += time.perf_counter() - began
-            witness.note(optimizer)
-            steps = sum(map(len, turn))
-            done += steps
-            if report is not None:
-                report(steps, float(losses[-1]), curve[-1].fused if curve else None)
-        schedule.step()
-        curve.append(_watch(model, data, sum(lengths[:number]), float(torch.stack(losses).mean())))
-        if number == keep:
-            kept = copy.deepcopy(model.state_dict())
-    if kept is not None:
-        model.load_state_dict(kept)
-    return Trained(
-        model=model,
-        kept=keep,
-        curve=curve,
-        seconds_per_step=seconds / done,
-        skipped=optimizer.skipped_steps if isinstance(optimizer, igm_rs.IGMOptimizer) else 0,
-        cosine=_mean(witness.cosines),
-        effective_perturbation=_mean(witness.perturbations),
-        projected_share=_mean(witness.shares),
-    )
+
+    def __init__(self, data: DataSet, row: Row, config: Config, learning_rate: float, seed: int) -> None:
+        self.data, self.row, self.learning_rate, self.seed = data, row, learning_rate, seed
+        self.config = row.config(config)
+        examples = len(data.train)
+        self.model = Branches.of(data, row.modalities, head=row.of.head, seed=seed)
+        batches = max(1, examples // self.config.batch_size)
+        self.optimizer = row.of.optimizer(self.model, row.modalities, self.config, learning_rate, batches, seed)
+        self.turns = turns_of(row, self.config)
+        self.total = self.config.steps * len(row.modalities)
+        self._choosing = data.open_test() if self.config.protocol == "paper" and data.has_test else data.validation
+        self._streams = {name: batch_stream(examples, self.config.batch_size, seed) for name in row.modalities}
+        self._position = _Position(draws=dict.fromkeys(row.modalities, 0))
+        self._witness = _Witness()
+        self._losses: list[float] = []
+        self._curve: list[dict[str, Any]] = []
+        self._after_turn: list[dict[str, Any]] = []
+        self._chosen: tuple[int, float, Weights] = (0, -math.inf, {})
+        self._seconds = 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._random = torch.get_rng_state()
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """The training curve so far, see :class:`Trained`."""
+        return self._curve
+
+    @property
+    def done(self) -> int:
+        """Gradient steps of all modalities so far."""
+        return self._position.done
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the network has."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def run(
+        self,
+        report: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+        save: Callable[[], None] | None = None,
+    ) -> Trained:
+        """Train to the end, from where it stands.
+
+        Parameters
+        ----------
+        report : callable, optional
+            Told about progress after each stretch of steps.
+        stop : callable, optional
+            Asked before each step whether to stop there.
+        save : callable, optional
+            Called between two turns, where :meth:`state` may be kept.
+
+        Raises
+        ------
+        Stopped
+            If `stop` says so.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random)
+            try:
+                self._run(report or _silent, stop or _never, save or _nothing)
+            finally:
+                self._random = torch.get_rng_state()
+        told, (number, _, weights) = self._witness, self._chosen
+        skipped = self.optimizer.skipped_steps if isinstance(self.optimizer, igm_rs.IGMOptimizer) else 0
+        return Trained(
+            model=self.model,
+            weights={"chosen": weights, "last": copy.deepcopy(self.model.state_dict())},
+            rounds={"chosen": number, "last": self._curve[-1]["round"]},
+            curve=self._curve,
+            after_turn=self._after_turn,
+            seconds_per_step=self._seconds / self.done,
+            skipped=skipped,
+            cosine=_mean(told.cosines),
+            effective_perturbation=_mean(told.perturbations),
+            projected_share=_mean(told.shares),
+        )
+
+    def _run(self, report: Callable[[Progress], None], stop: Callable[[], bool], save: Callable[[], None]) -> None:
+        at = self._position
+        if at.done == 0 and self.turns[0].modality is not None:
+            self._after_turn = [{"round": 0, "modality": "", "scores": {"accuracy": self._watch(self.data.validation)}}]
+        while at.turn < len(self.turns):
+            turn = self.turns[at.turn]
+            with self._entered(turn):
+                while at.stretch < len(turn.stretches):
+                    self._walk(turn, turn.stretches[at.stretch], report, stop)
+                    at.stretch, at.step = at.stretch + 1, 0
+            at.turn, at.stretch = at.turn + 1, 0
+            self._random = torch.get_rng_state()
+            save()
+
+    def _entered(self, turn: Turn) -> AbstractContextManager[object]:
+        """Return the optimizer's turn where there is one; else a context that does nothing."""
+        if turn.modality is not None and isinstance(self.optimizer, igm_rs.IGMOptimizer):
+            return self.optimizer.turn(turn.modality)
+        return nullcontext()
+
+    def _walk(self, turn: Turn, stretch: Stretch, report: Callable[[Progress], None], stop: Callable[[], bool]) -> None:
+        """Take the steps of a stretch that are left, then look at validation and tell."""
+        at, before = self._position, self._position.done
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * stretch.factor
+        began = time.perf_counter()
+        try:
+            while at.step < len(stretch.steps):
+                if stop():
+                    raise Stopped
+                self._losses.append(self._step(stretch.steps[at.step]))
+                at.done += len(stretch.steps[at.step])
+                at.step += 1
+        finally:
+            self._seconds += time.perf_counter() - began
+        self._witness.note(self.optimizer)
+        accuracy, point = None, None
+        ends_turn = turn.modality is not None and stretch is turn.stretches[-1]
+        if ends_turn or stretch.ends_round:
+            accuracy = self._watch(self.data.validation)
+        if ends_turn:
+            entry = {"round": stretch.round, "modality": turn.modality, "scores": {"accuracy": accuracy}}
+            self._after_turn.append(entry)
+        loss = self._losses[-1]
+        if stretch.ends_round and accuracy is not None:
+            point = self._end_round(stretch.round, accuracy)
+        report(Progress(at.done - before, loss, accuracy, point))
+
+    def _step(self, active: Active) -> float:
+        """Take one optimizer step and return the loss at the first pass."""
+        for name in active:
+            chosen = next(self._streams[name])  # the same for all: one seed, as many draws
+            self._position.draws[name] += 1
+        return float(take_step(self.model, self.optimizer, active, chosen, self.data.train))
+
+    def _watch(self, split: Split) -> dict[str, float]:
+        """Return the accuracy of every modality and fusion now; the calibrated one is left for the end."""
+        return watched(self.model, split, None)
+
+    def _end_round(self, number: int, accuracy: dict[str, float]) -> dict[str, Any]:
+        """Note the round in the curve, and its weights if it is the best so far; of equals the later one is."""
+        steps = self._position.done // len(self.row.modalities)
+        point = {
+            "round": number,
+            "steps": steps,
+            "loss": sum(self._losses) / len(self._losses),
+            "accuracy": accuracy,
+        }
+        self._losses.clear()
+        self._curve.append(point)
+        if self._choosing is not self.data.validation:
+            accuracy = self._watch(self._choosing)
+        value = of_fusion(accuracy, CHOSEN_BY)
+        if value >= self._chosen[1]:
+            self._chosen = (number, value, copy.deepcopy(self.model.state_dict()))
+        return point
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Leaving and taking up
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that :meth:`load_state` needs to go on as if nothing had happened, to the bit."""
+        return copy.deepcopy(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "position": vars(self._position),
+                "witness": vars(self._witness),
+                "losses": self._losses,
+                "curve": self._curve,
+                "after_turn": self._after_turn,
+                "chosen": self._chosen,
+                "seconds": self._seconds,
+                "random": self._random,
+            }
+        )
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned, of a training made with the same arguments."""
+        state = copy.deepcopy(dict(state))
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._position = _Position(**state["position"])
+        self._witness = _Witness(**state["witness"])
+        self._losses, self._curve, self._after_turn = state["losses"], state["curve"], state["after_turn"]
+        self._chosen, self._seconds, self._random = state["chosen"], state["seconds"], state["random"]
+        for name, stream in self._streams.items():
+            for _ in range(self._position.draws[name]):
+                next(stream)
 
 
-def _half_cosine(rounds: int, done: int) -> float:
-    """Return the factor of the learning rate after `done` of all rounds, from 1 to 0."""
-    return 0.5 * (1 + math.cos(math.pi * done / rounds))
+def take_step(
+    model: Branches, optimizer: torch.optim.Optimizer, active: Active, chosen: Tensor, split: Split
+) -> Tensor:
+    """Take one optimizer step on the chosen examples and return the loss at the first pass, detached.
 
-
-Active = tuple[str, ...]
-"""The modalities that one optimizer step moves."""
-
-
-def _turns(row: Row, length: int) -> list[list[Active]]:
-    """Return the turns of one round, each a list of optimizer steps (Algorithm 1, lines 1-3)."""
-    names = row.modalities
-    if row.method.schedule == "turns":
-        return [[(name,)] * length for name in names]
-    if row.method.schedule == "batches":
-        return [[(name,) for _ in range(length) for name in names]]
-    return [[names] * length]
-
-
-def _turn(optimizer: torch.optim.Optimizer, row: Row, turn: list[Active]) -> AbstractContextManager[object]:
-    """Return the optimizer's turn where the method has turns; else a context that does nothing."""
-    if row.method.schedule == "turns" and isinstance(optimizer, igm_rs.IGMOptimizer):
-        return optimizer.turn(turn[0][0])
-    return nullcontext()
-
-
-def _step(model: Branches, optimizer: torch.optim.Optimizer, active: Active, chosen: Tensor, split: Split) -> Tensor:
-    """Take one optimizer step on the sum of the active modalities' logits and return the loss at the first pass."""
+    Of one modality the loss is that of its branch, of several that of the network's joint logits.
+    """
     inputs = {name: split.inputs[name][chosen] for name in active}
     labels = split.labels[chosen]
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        logits = torch.stack([model.branch(name, values) for name, values in inputs.items()]).sum(0)
+        logits = model.joint(inputs) if len(active) > 1 else model.branch(active[0], inputs[active[0]])
         loss = torch.nn.functional.cross_entropy(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
@@ -240,12 +438,18 @@ def _step(model: Branches, optimizer: torch.optim.Optimizer, active: Active, cho
     return loss.detach()
 
 
-def _watch(model: Branches, data: DataSet, steps: int, loss: float) -> Point:
-    """Return what validation says now."""
-    logits, labels = model.logits(data.validation.inputs), data.validation.labels
-    each = {name: accuracy(values, labels) for name, values in logits.items()}
-    return Point(steps, loss, each, accuracy(torch.stack(list(logits.values())).sum(0), labels))
-
-
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _silent(_: Progress) -> None:
+    """Tell nobody."""
+
+
+def _never() -> bool:
+    """Do not stop."""
+    return False
+
+
+def _nothing() -> None:
+    """Keep nothing."""

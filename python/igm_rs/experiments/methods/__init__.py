@@ -19,9 +19,9 @@ from . import (
     turns,
     turns_sam,
 )
-from .base import METHODS, Method, Row, Schedule, base_optimizer, keyed, method
+from .base import METHODS, Method, Row, Schedule, base_optimizer, control_options, keyed, method
 
-__all__ = ["METHODS", "Method", "Row", "Schedule", "base_optimizer", "keyed", "method"]
+__all__ = ["METHODS", "Method", "Row", "Schedule", "base_optimizer", "control_options", "keyed", "method"]
 
 _ORDER = (
     *(single, joint_concat, joint_sum, sam, turns, turns_sam, mla, igm_no_sam, igm),

@@ -12,7 +12,7 @@ import torch
 from igm_rs.experiments.configuration import Config, override
 from igm_rs.experiments.networks import Branches, Head
 
-__all__ = ["METHODS", "Method", "Row", "Schedule", "base_optimizer", "keyed", "method"]
+__all__ = ["METHODS", "Method", "Row", "Schedule", "base_optimizer", "control_options", "keyed", "method"]
 
 Schedule = Literal["single", "joint", "turns", "batches", "once"]
 
@@ -117,6 +117,11 @@ def base_optimizer(model: Branches, config: Config, learning_rate: float) -> tor
     return torch.optim.SGD(
         model.parameters(), lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
+
+
+def control_options(control: str | None, seed: int) -> dict[str, Any]:
+    """Return the options of IGMOptimizer for a control in the place of T; each run has a random basis of its own."""
+    return {"control": control, "seed": seed} if control == "random" else {"control": control}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import igm_rs
 from igm_rs.experiments.configuration import Config
 from igm_rs.experiments.networks import Branches
 
-from .base import Method, base_optimizer, method
+from .base import Method, base_optimizer, control_options, method
 
 __all__ = ["IgmShared"]
 
@@ -56,7 +56,6 @@ class IgmShared(Method):
             features="samples",
             augment_bias=True,
             sources="earlier",
-            control=self.control,
-            seed=seed,
             reset="momentum",
+            **control_options(self.control, seed),
         )

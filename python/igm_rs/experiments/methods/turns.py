@@ -11,7 +11,7 @@ import igm_rs
 from igm_rs.experiments.configuration import Config
 from igm_rs.experiments.networks import Branches
 
-from .base import Method, base_optimizer, method
+from .base import Method, base_optimizer, control_options, method
 
 __all__ = ["Turns"]
 
@@ -61,6 +61,5 @@ class Turns(Method):
             rho=rho,
             tau=config.tau,
             sources="previous" if config.sources is None else config.sources,
-            control=self.control,
-            seed=seed,
+            **control_options(self.control, seed),
         )
