@@ -348,6 +348,22 @@ def test_surface_refuses():
         analysis.compare_surfaces({})
 
 
+def test_several_runs_are_summed_up_by_distance():
+    offsets = np.array([-1.0, 0.0, 1.0])
+    flat, steep = (height * (offsets[:, None] ** 2 + offsets[None, :] ** 2) for height in (1, 3))
+    runs = [analysis.LossSurface(offsets, losses, 0) for losses in (flat, steep)]
+    found = analysis.compare_surfaces({"IGM": runs, "MLA": runs[1]})
+    # the ring at 1 holds the four sides (height) and, as √2 rounds to 1, the four corners (twice the height)
+    assert found.rise("IGM") == [1.5, 4.5]
+    assert found.numbers()["IGM"]["mean_rise"] == pytest.approx([0, 3])
+    assert found.levels()[0] == 0
+    other = analysis.LossSurface(2 * offsets, flat, 0)
+    with pytest.raises(ValueError, match=r"^surfaces differ in their offsets, expected the same span and points for"):
+        analysis.compare_surfaces({"IGM": runs, "MLA": other})
+    with pytest.raises(ValueError, match=r"^surfaces\['IGM'\] is empty, expected one entry or more$"):
+        analysis.compare_surfaces({"IGM": []})
+
+
 def test_a_surface_that_is_flat_or_runs_to_infinity_can_be_drawn(tmp_path):
     offsets = np.linspace(-1, 1, 3)
     for losses in (np.ones((3, 3)), np.full((3, 3), np.nan), np.array([[np.inf, 1, 2], [3, 1, 2], [np.nan, 4, 5]])):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,7 +50,7 @@ def restored(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
-def check_labels(argument: str, named: Mapping[str, Any]) -> None:
-    """Refuse an empty mapping."""
+def check_labels(argument: str, named: Collection[Any]) -> None:
+    """Refuse an empty mapping or list."""
     if not named:
         raise ValueError(f"{argument} is empty, expected one entry or more")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BLACK",
     "BLUE",
+    "EDGE",
     "GREEN",
     "GREY",
     "LOOKS",
@@ -39,6 +40,9 @@ ORANGE, GREEN, BLUE, VERMILION, PURPLE, SKY = "#E69F00", "#009E73", "#0072B2", "
 """Okabe and Ito's colours, which readers with any colour vision can tell apart."""
 
 BLACK, GREY = "#000000", "#555555"
+
+EDGE: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 0.6}
+"""Outline of a marker that stands for a mean."""
 
 LOOKS: tuple[tuple[str, str, Any], ...] = (
     (BLUE, "o", "-"),

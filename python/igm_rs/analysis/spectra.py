@@ -12,7 +12,7 @@ import numpy as np
 from igm_rs.optimizer import IGMOptimizer
 
 from ._model import check_labels
-from .drawing import Picture, bare, look
+from .drawing import EDGE, Picture, bare, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,11 +64,10 @@ class LayerSpectra(Picture):
                 if not runs:
                     continue
                 ax.plot([x + shift] * len(runs), runs, marker, color=colour, markersize=3, alpha=0.4, markeredgewidth=0)
-                ax.plot([x + shift], [fmean(runs)], marker, color=colour, markersize=7, markeredgecolor="black",
-                        markeredgewidth=0.5)  # fmt: skip
+                ax.plot([x + shift], [fmean(runs)], marker, color=colour, markersize=7, **EDGE)
             ax.plot([], [], marker, color=colour, markersize=7, label=label)
         ax.set_yscale("log")
-        layers = [layer.removeprefix(f"{name}.") for name, layer in places]
+        layers = [".".join(part for part in layer.split(".") if part != name) or layer for name, layer in places]
         ax.set_xticks(range(len(places)), layers, rotation=40, ha="right", fontsize=8.5)
         ax.set_xlim(-0.6, len(places) - 0.4)
         names = [name for name, _ in places]

@@ -121,31 +121,47 @@ class LossSurfaces(Picture):
 
     Attributes
     ----------
-    surfaces : dict of str to LossSurface
-        By name, each around its own weights.
+    surfaces : dict of str to list of LossSurface
+        By name, one a run, each around its own weights.
     """
 
-    surfaces: dict[str, LossSurface]
+    surfaces: dict[str, list[LossSurface]]
 
     def numbers(self) -> dict[str, Any]:
-        """Return the numbers of each surface."""
-        return {label: surface.numbers() for label, surface in self.surfaces.items()}
+        """Return the numbers of each surface, and the mean rise over all surfaces of a name, by distance."""
+        return {
+            label: {
+                "mean_rise": np.mean([each.profile()[1] for each in mine], 0),
+                "runs": [each.numbers() for each in mine],
+            }
+            for label, mine in self.surfaces.items()
+        }
 
     def levels(self) -> Floats:
-        """Return contour levels that fit all of the surfaces."""
-        return _levels(list(self.surfaces.values()))
+        """Return contour levels that fit the first surface of every name, for :meth:`LossSurface.draw`."""
+        return _levels([mine[0] for mine in self.surfaces.values()])
+
+    def rise(self, label: str) -> list[float]:
+        """Return by how much the loss of each run has risen on average at the edge, the farthest whole ring."""
+        return [float(each.profile()[1][-1]) for each in self.surfaces[label]]
 
     def _paint(self, ax: Axes) -> None:
-        """Draw the mean rise of the loss by distance, a band from the lowest to the highest direction."""
-        for place, (label, surface) in enumerate(self.surfaces.items()):
+        """Draw the mean rise of the loss by distance, with its range over the runs, or over the directions of one."""
+        for place, (label, mine) in enumerate(self.surfaces.items()):
             colour, marker, line = look(place)
-            distance, mean, low, high = surface.profile()
-            ax.fill_between(distance, low, high, color=colour, alpha=0.12, linewidth=0)
-            ax.plot(distance, mean, color=colour, marker=marker, markersize=3.5, linestyle=line, label=label)
+            profiles = [each.profile() for each in mine]
+            means = np.array([mean for _, mean, _, _ in profiles])
+            distance, _, low, high = profiles[0]
+            if len(mine) > 1:
+                low, high = means.min(0), means.max(0)
+            ax.fill_between(distance, low, high, color=colour, alpha=0.13, linewidth=0)
+            ax.plot(distance, means.mean(0), color=colour, marker=marker, markersize=3.5, linestyle=line, label=label)
+        runs = max(map(len, self.surfaces.values()))
         ax.set_xlim(left=0)
         ax.set_xlabel("distance from the weights (1 = their length)")
         ax.set_ylabel("rise of the loss")
-        ax.legend(frameon=False, fontsize=8.5)
+        bands = f"bands: range of {runs} runs" if runs > 1 else "bands: range over directions"
+        ax.legend(frameon=False, fontsize=8.5, loc="upper left", title=bands, title_fontsize=8.5, alignment="left")
         bare(ax)
 
 
@@ -225,21 +241,27 @@ def loss_surface(
     return LossSurface(offsets, losses, seed)
 
 
-def compare_surfaces(surfaces: Mapping[str, LossSurface]) -> LossSurfaces:
+def compare_surfaces(surfaces: Mapping[str, LossSurface | Sequence[LossSurface]]) -> LossSurfaces:
     """Return several surfaces side by side; what is drawn of them is how far the loss rises with the distance.
 
     Parameters
     ----------
-    surfaces : mapping of str to LossSurface
-        By name.
+    surfaces : mapping of str to LossSurface or a list of them
+        By name; a list holds the runs of several seeds.
 
     Raises
     ------
     ValueError
-        If there is none.
+        If there is none, or they have not all the same offsets.
     """
     check_labels("surfaces", surfaces)
-    return LossSurfaces(dict(surfaces))
+    named = {label: [given] if isinstance(given, LossSurface) else list(given) for label, given in surfaces.items()}
+    for label, mine in named.items():
+        check_labels(f"surfaces[{label!r}]", mine)
+    every = [each for mine in named.values() for each in mine]
+    if any(not np.array_equal(each.offsets, every[0].offsets) for each in every):
+        raise ValueError("surfaces differ in their offsets, expected the same span and points for all")
+    return LossSurfaces(named)
 
 
 def _direction(weight: Tensor, generator: torch.Generator) -> Tensor:
