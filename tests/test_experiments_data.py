@@ -471,7 +471,9 @@ def kitchen(folder):
 def test_a_data_set_of_ones_own_takes_ten_lines(tmp_path):
     lines = [line for line in TEN_LINES.read_text().splitlines() if line.strip()]
     assert len(lines) <= 10
-    assert data.register_from(kitchen(tmp_path)) == ["kitchen"]
+    file = kitchen(tmp_path)
+    data.run_file(file)
+    assert data.sets_of(file) == ["kitchen"]
     assert data.names() == [*SETS, "kitchen"]
     found = data.load("kitchen")
     assert (found.name, found.title, found.licence) == ("kitchen", "kitchen: hands at work", "CC0")
@@ -491,9 +493,10 @@ def test_a_data_set_of_ones_own_takes_ten_lines(tmp_path):
 
 def test_registering_again_replaces_a_set_but_not_ours(tmp_path):
     file = kitchen(tmp_path)
-    data.register_from(file)
+    data.run_file(file)
     file.write_text(file.read_text().replace("hands at work", "again"))
-    assert data.register_from(file) == ["kitchen"]
+    data.run_file(file)
+    assert data.sets_of(file) == ["kitchen"]
     assert data.load("kitchen").title == "kitchen: again"
     assert data.names().count("kitchen") == 1
     words = {"title": "mine", "licence": "CC0", "source": "me"}
@@ -525,18 +528,16 @@ def test_a_function_that_returns_something_else_is_refused():
 @pytest.mark.parametrize(
     ("name", "text", "error", "reason"),
     [
-        ("absent.py", None, FileNotFoundError, "does not exist, expected a Python file that registers data sets"),
+        ("absent.py", None, FileNotFoundError, "does not exist, expected a Python file"),
         ("mine.txt", "x = 1", ValueError, r"cannot be run: its name does not end in \.py"),
-        ("mine.py", "x = 1", ValueError, r"registers no data set, expected a function under @register\(…\)"),
         ("mine.py", "x = (", ValueError, "cannot be run: SyntaxError: "),
         ("mine.py", "import nothing_like_it", ValueError, "cannot be run: ModuleNotFoundError: No module named"),
     ],
 )
-def test_a_file_that_registers_nothing_is_refused(tmp_path, name, text, error, reason):
+def test_a_file_that_cannot_be_run_is_refused(tmp_path, name, text, error, reason):
     file = tmp_path / name
     if text is not None:
         file.write_text(text)
     with pytest.raises(error, match=rf"^file {re.escape(str(file))} {reason}"):
-        data.register_from(file)
-    if "cannot be run" in reason:
-        assert "igm_rs_registered_mine" not in sys.modules
+        data.run_file(file)
+    assert "igm_rs_registered_mine" not in sys.modules
