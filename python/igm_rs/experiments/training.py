@@ -359,7 +359,11 @@ class Training:
         for name in active:
             chosen = next(self._streams[name])  # the same for all: one seed, as many draws
             self._position.draws[name] += 1
-        return float(take_step(self.model, self.optimizer, active, chosen, self.data.train))
+        return float(self.step_on(active, chosen))
+
+    def step_on(self, active: Active, chosen: Tensor) -> Tensor:
+        """Take one optimizer step on the chosen training examples, as :func:`take_step`; a subclass may look at it."""
+        return take_step(self.model, self.optimizer, active, chosen, self.data.train)
 
     def _watch(self, split: Split) -> dict[str, float]:
         """Return the accuracy of every modality and fusion now; the calibrated one is left for the end."""
