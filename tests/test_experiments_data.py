@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 import shutil
+import subprocess
 import sys
 import types
 import zipfile
@@ -506,6 +507,18 @@ def test_registering_again_replaces_a_set_but_not_ours(tmp_path):
         data.register("my set", **words)
     with pytest.raises(TypeError, match="data set 'mine' is registered with a str, expected a function"):
         data.register("mine", **words)("loader")
+
+
+def test_ours_come_first_in_a_fresh_process(tmp_path):
+    file = kitchen(tmp_path)
+    code = (
+        "from pathlib import Path\nfrom igm_rs.experiments import data\n"
+        f"data.run_file(Path({str(file)!r}))\nprint(data.names())\n"
+        "data.register('mfeat', title='', licence='', source='')(lambda folder: folder)"
+    )
+    told = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert told.stdout == f"{[*SETS, 'kitchen']}\n"
+    assert told.stderr.endswith("ValueError: data set 'mfeat' comes with the package, expected another name\n")
 
 
 def test_a_set_from_a_notebook_is_looked_for_in_the_working_directory(tmp_path, monkeypatch):

@@ -414,6 +414,8 @@ def register(
         if code is None:
             raise TypeError(f"data set {name!r} is registered with a {type(loader).__name__}, expected a function")
         defined = Path(code.co_filename).resolve()
+        if defined != OURS:
+            names()  # ours come first
         files = {defined, *([_SETS[name].defined] if name in _SETS else [])}
         if len(files) > 1 and OURS in files:
             raise ValueError(f"data set {name!r} comes with the package, expected another name")
@@ -435,7 +437,7 @@ def run_file(file: Path) -> None:
         If it cannot be run: names the file and the reason.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"file {file} does not exist, expected a Python file that registers data sets")
+        raise FileNotFoundError(f"file {file} does not exist, expected a Python file that registers something")
     path = file.resolve()
     module = f"igm_rs_registered_{path.stem}"
     spec = importlib.util.spec_from_file_location(module, path)

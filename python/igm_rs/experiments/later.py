@@ -36,9 +36,10 @@ try:
     from .data import DataSet, load
     from .evaluation import accuracy
     from .grids import markdown
-    from .running import cores, count, versions
+    from .running import cores, count
     from .sets import ARCHIVES
     from .statistics import half_width
+    from .store import versions
     from .training import batch_stream
 except ModuleNotFoundError as missing:
     package = str(missing.name).split(".")[0]
