@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["BASES", "PROTOCOLS", "Config", "load_config", "override"]
+__all__ = ["BASES", "PROTOCOLS", "Config", "cores", "count", "load_config", "override"]
 
 FOLDER = Path(__file__).resolve().with_name("configurations")
 """Where the files of the shipped data sets lie, and ``default.toml`` for all others."""
@@ -225,3 +227,25 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
         if name not in known:
             raise ValueError(f"there is no setting {name!r}, expected some of {', '.join(sorted(known))}")
     return replace(config, **values)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count(text: str) -> int:
+    """Read a positive integer.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If it is none.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value

@@ -1,24 +1,22 @@
-"""The rules of the comparison in words, as they are printed above the tables and kept with the results."""
+"""The rules of the comparison in words, as they are kept with the tables."""
 
 from __future__ import annotations
 
-from .methods import RHO, TAU, Settings
-from .running import FIRST_SEED, LEARNING_RATES, TUNING_SEEDS, UNTUNED_RATE
+from .configuration import Config
+from .training import CHOSEN_BY
 
 __all__ = ["protocol"]
 
 
-def protocol(settings: Settings, seeds: int, workers: int, *, tuned: bool) -> list[str]:
+def protocol(config: Config, workers: int) -> list[str]:
     """Say how the comparison is made.
 
     Parameters
     ----------
-    settings : Settings
+    config : Config
         Common to all rows.
-    seeds, workers : int
-        Final runs of every row; runs side by side.
-    tuned : bool
-        Whether learning rate and round are chosen for each row.
+    workers : int
+        Runs side by side.
 
     Returns
     -------
@@ -26,42 +24,44 @@ def protocol(settings: Settings, seeds: int, workers: int, *, tuned: bool) -> li
         One paragraph an entry.
     """
     budget = (
-        f"Budget: each modality gets {settings.steps} gradient steps of {settings.batch_size} examples in every "
+        f"Budget: each modality gets {config.steps} gradient steps of {config.batch_size} examples in every "
         "method, its i-th step always on the same examples, from the same initial encoder. A step of joint training is "
         "a step of every modality. The second pass of SAM belongs to its step: it is not counted, but its time is. "
-        f"ms/step is wall time over the steps of all modalities, on one thread, with up to {workers} runs side by side."
+        f"ms/step is wall time over the steps of all modalities, on one thread, with up to {workers} runs side by "
+        "side; peak memory is that of the process, torch and data included."
     )
+    under = "Adam" if config.base == "adam" else f"SGD with momentum {config.momentum:g}"
     projected = (
         "the three-layer head of each modality"
-        if settings.scope is None
-        else f"the layers of each modality that hold {settings.scope:.0%} of its parameters, counted from the output"
+        if config.scope is None
+        else f"the layers of each modality that hold {config.scope:.0%} of its parameters, counted from the output"
     )
     methods = (
-        f"Methods: SGD with momentum {settings.momentum:g} and weight decay {settings.weight_decay:g}, learning rate "
-        f"on half a cosine; turns of {settings.turn_steps} batches; SAM with ρ = {RHO:g}; flat projection with "
-        f"τ = {TAU:g} in {projected}; MLA with one linear head for all modalities, which "
-        "take each batch one after another, and its orthogonal projection."
+        f"Methods: {under} and weight decay {config.weight_decay:g}, learning rate on half a cosine; turns of "
+        f"{config.turn_steps} batches; SAM with ρ = {config.rho:g}; flat modification with τ = {config.tau:g} in "
+        f"{projected}; MLA with one linear head for all modalities, which take each batch one after another, and its "
+        "orthogonal projection. Shared trunk: two layers that all modalities share, trained one modality after another "
+        f"in a single long turn each, without SAM; its T has τ = {config.trunk_tau:g} and is made of the full second "
+        "moment with the bias of all earlier modalities."
     )
-    if tuned:
-        grid = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
-        choice = (
-            f"Choice: learning rate (of {grid}) and round are chosen for each row by the validation accuracy of its "
-            f"fused prediction (sum of logits), mean over {len(TUNING_SEEDS)} seeds that the final runs do not use and "
-            "over three neighbouring rounds. These runs hold no test data. A final run opens the test split once, "
-            f"after training and calibration. Final seeds begin at {FIRST_SEED}: test results of seeds 0 to 2 had been "
-            "seen while the width of the encoders and the budget were settled."
+    rounds = (
+        f"the round with the highest validation accuracy of the {CHOSEN_BY} fusion (of a joint head: its own)"
+        if config.protocol == "validation"
+        else "THE ROUND WITH THE HIGHEST TEST ACCURACY, as the released scripts do"
+    )
+    if config.learning_rate is None:
+        grid = ", ".join(f"{rate:g}" for rate in config.rates)
+        rate = (
+            f"the learning rate (of {grid}) is chosen for each row by the validation accuracy of its {CHOSEN_BY} "
+            f"fusion at its best round, mean over {len(config.tuning_seeds)} seeds that the final runs do not use; these runs "
+            "hold no test data"
         )
     else:
-        choice = (
-            f"Choice: none. Every row has learning rate {UNTUNED_RATE:g} and keeps the weights of the last round. A "
-            "run opens the test split once, after training and calibration."
-        )
-    columns = (
-        f"Columns: test accuracy and macro-F1 in percent, mean ± standard deviation over {seeds} "
-        f"seed{'s' * (seeds > 1)}, of each "
-        "modality's branch and of three fusions: the mean of the softmax outputs; the sum of the logits, which is what "
-        "joint training optimises; the calibrated product, whose temperatures are fitted on validation. The column "
-        '"vs joint" is the accuracy minus that of joint training, both calibrated, seed by seed, ± its 95 % interval, '
-        "in percentage points."
+        rate = f"every row has learning rate {config.learning_rate:g}"
+    choice = f"Choice: {rate}. Each final run is measured at {rounds} and at the last round. "
+    choice += (
+        "It opens the test split once, after training and calibration."
+        if config.protocol == "validation"
+        else "It opens the test split before training."
     )
-    return [budget, methods, choice, columns]
+    return [budget, methods, choice]

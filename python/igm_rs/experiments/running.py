@@ -1,15 +1,14 @@
-"""The runs: learning rates chosen on validation with seeds of their own, then final runs; side by side, left and resumed."""
+"""The runs: learning rates chosen on validation, then final runs; side by side in processes, left and taken up."""
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import io
 import json
 import multiprocessing
-import os
 import queue as queues
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +21,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .configuration import Config
+from .configuration import Config, cores, count
 from .data import DataSet, load
-from .evaluation import evaluate, of_fusion
+from .evaluation import JOINT, evaluate, of_fusion
 from .methods import Row
 from .registering import register_files
 from .store import (
@@ -47,8 +47,6 @@ from .training import CHOSEN_BY, Progress, Stopped, Trained, Training
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
     from multiprocessing.synchronize import Event
-
-    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
     "Choice",
@@ -135,7 +133,7 @@ class Job:
 
     def folder(self, out: Path, digest: str) -> Path:
         """Return where the run lies in the store; `digest` is that of the data."""
-        config = {name: value for name, value in self.row.config(self.config).plain().items()}
+        config = self.row.config(self.config).plain()
         settings = {
             "config": {name: value for name, value in config.items() if name not in NOT_OF_A_RUN},
             "method": self.row.method,
@@ -284,8 +282,8 @@ def _record(job: Job, data: DataSet, training: Training, trained: Trained, start
             found = evaluate(trained.model, data, trained.weights)
         except ValueError as error:
             raise ValueError(
-                f"{job.row.label}, seed {job.seed}, learning rate {job.learning_rate:g} cannot be measured, most likely "
-                f"because training has diverged: {error}"
+                f"{job.row.label}, seed {job.seed}, learning rate {job.learning_rate:g} cannot be measured, most "
+                f"likely because training has diverged ({error})"
             ) from error
         chosen["scores"], last["scores"] = found.scores["chosen"], found.scores["last"]
         temperatures = found.temperatures["chosen"]
@@ -360,12 +358,10 @@ def _load(path: Path, training: Training) -> dict[str, Any]:
 @contextmanager
 def _log(folder: Path, done: int) -> Iterator[Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], None]]:
     """Give what notes a round: all of the curve as CSV, the last point for TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-
     if not done:
         for stale in folder.glob("events.out.tfevents.*"):
             stale.unlink()
-    writer: SummaryWriter = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
 
     def note(curve: Sequence[Mapping[str, Any]], point: Mapping[str, Any]) -> None:
         write_curve(folder / "metrics.csv", curve)
@@ -436,6 +432,9 @@ def run_all(
     left = [job for job in unique if job not in records]
     if not left:
         return [records[job] for job in jobs]
+    begun = 0 if resume else sum((folders[job] / "checkpoint.pt").is_file() for job in left)
+    if begun:
+        print(f"{begun} interrupted runs begin anew; with --resume they go on", file=sys.stderr)
     total = sum(job.steps for job in left)
     with (
         tqdm(total=total, desc=what, unit="step", smoothing=0.05, dynamic_ncols=True) as bar,
@@ -446,7 +445,10 @@ def run_all(
         def show(told: Told) -> None:
             index, progress = told
             if progress.accuracy is not None:
-                seen[index] = ", ".join(f"{name} {value:.1%}" for name, value in progress.accuracy.items())
+                shown = (*left[index].row.modalities, CHOSEN_BY, JOINT)
+                seen[index] = ", ".join(
+                    f"{name} {value:.1%}" for name, value in progress.accuracy.items() if name in shown
+                )
             job = left[index]
             words = [job.row.label, f"seed {job.seed}", f"loss {progress.loss:.3f}", *filter(None, [seen.get(index)])]
             bar.set_postfix_str(", ".join(words), refresh=False)
@@ -460,9 +462,7 @@ def run_all(
         if interrupted():
             raise InterruptedRuns
         bar.update(total - bar.n)  # the last reports of a process may still be on their way
-    for job, record in zip(left, done, strict=True):
-        if record is not None:
-            records[job] = record
+    records |= {job: record for job, record in zip(left, done, strict=True) if record is not None}
     return [records[job] for job in jobs]
 
 
@@ -652,29 +652,3 @@ def _log_tuning(
         }
         text = json.dumps(told, ensure_ascii=False, indent=1) + "\n"
         write_whole(folder / f"{row.key}.json", text.encode())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command lines
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def count(text: str) -> int:
-    """Read a positive integer.
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        If it is none.
-    """
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return value

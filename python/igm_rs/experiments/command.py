@@ -1,0 +1,342 @@
+"""The command ``igm-rs``: train, table, figure, list, page; each part is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .configuration import BASES, PROTOCOLS, Config, cores, count, load_config
+from .extra import what_to_install
+
+if TYPE_CHECKING:
+    from .data import DataSet
+    from .methods import Row
+    from .running import RunRecord, Source
+
+__all__ = ["main"]
+
+OUT = Path("results")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0; 1 after a failure; 130 after an interrupt."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(words)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except ModuleNotFoundError as missing:
+        print(what_to_install(missing), file=sys.stderr)
+        return 1
+    except (OSError, ValueError, _process_lost()) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        saved = type(interrupt).__name__ == "InterruptedRuns"
+        print(
+            "interrupted: runs under way were saved; the same command with --resume goes on"
+            if saved
+            else "interrupted: finished runs are kept",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _process_lost() -> type[BaseException]:
+    """Return the error for a lost process; where running was never imported there is none to catch."""
+    module = sys.modules.get(f"{__package__}.running")
+    found: type[BaseException] = getattr(module, "ProcessLostError", TimeoutError)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is done
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Train a method, or several, and print what each reaches on the test split."""
+    from .methods import Row, keyed
+    from .running import tune
+
+    data, config, source = _begin(options)
+    rows = []
+    for key in options.method:
+        alone = keyed(key).schedule == "single"
+        rows += [Row(key, group) for group in ([(name,) for name in data.modalities] if alone else [data.modalities])]
+    choices = tune(rows, config, options.out, options.workers, resume=options.resume, source=source)
+    rates = {row: choices[row].learning_rate for row in rows}
+    records = _final(rows, rates, config, options, source)
+    print(f"\n{_summary(data, config, rows, records)}\n\nRuns: {options.out / 'runs' / data.name}")
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    """Make a table: its runs, where they are not in the store yet; print it and write it."""
+    from . import plans, reproduction, tables
+    from .protocol import protocol
+    from .running import tune, versions
+    from .store import revision
+
+    stored = None if options.compare is None else tables.Table.read(options.compare)
+    data, config, source = _begin(options)
+    lines = plans.plan(options.number, data.modalities, options.methods)
+    tuned = [line.tuned_as for line in lines]
+    choices = tune(tuned, config, options.out, options.workers, resume=options.resume, source=source)
+    rates = {line.row: choices[line.tuned_as].learning_rate for line in lines}
+    records = _final([line.row for line in lines], rates, config, options, source)
+    about = {
+        "dataset": data.name,
+        "title": data.title,
+        "classes": data.classes,
+        "modalities": list(data.modalities),
+        "split": data.sizes,
+        "protocol": config.protocol,
+        "command": _command(options),
+        "config": config.plain(),
+        "versions": versions(),
+        "revision": revision(),
+        "words": protocol(config, options.workers),
+    }
+    tried = {row.key: choice.tried for row, choice in choices.items()}
+    table = tables.table(options.number, lines, records, about=about, tried=tried)
+    paths = table.write(options.out / "tables")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(f"\n{table.plain(width)}\n\nWritten: {', '.join(map(str, paths))}")
+    if stored is None:
+        return 0
+    found = reproduction.compare(table.results, stored.results)
+    print(f"\n{found.text}")
+    return 1 if found.problems else 0
+
+
+def _figure(options: argparse.Namespace) -> int:
+    """Make a figure: picture and numbers."""
+    from . import figures
+
+    data, config, source = _begin(options)
+    paths = figures.figure(
+        options.name,
+        data,
+        config,
+        options.out,
+        workers=options.workers,
+        resume=options.resume,
+        source=source,
+        command=_command(options),
+    )
+    print(f"Written: {', '.join(map(str, paths))}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    """Print data sets, methods, tables and figures."""
+    from .listing import listing
+    from .registering import register_files
+
+    register_files(options.register)
+    print(listing(options.folder))
+    return 0
+
+
+def _page(options: argparse.Namespace) -> int:
+    """Write the results page from the stored tables and figures."""
+    from . import page
+
+    print(f"Written: {page.write(options.out)}")
+    return 0
+
+
+def _begin(options: argparse.Namespace) -> tuple[DataSet, Config, Source]:
+    """Return data set, configuration and where data come from; what can be wrong is found before training."""
+    from .running import Source
+
+    source = Source(options.folder, tuple(options.register))
+    try:
+        data = source.load(options.data)
+        config = _config(options)
+    except TypeError as error:  # what a file of the user's holds
+        raise ValueError(str(error)) from error
+    for name, whose in (config.sources or {}).items():
+        for each in (name, whose):
+            if each is not None and each not in data.modalities:
+                raise ValueError(f"sources names {each!r}, expected {', '.join(data.modalities)} or none")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(options.out, os.W_OK):
+        raise PermissionError(f"folder {options.out} cannot be written to")
+    return data, config, source
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """Return the configuration: the data set's file, or another one, and what the command line says."""
+    given = {each.name: getattr(options, each.name) for each in fields(Config) if each.name != "data"}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    return load_config(options.data, {name: _plain(value) for name, value in overrides.items()}, options.config)
+
+
+def _plain(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def _final(
+    rows: Sequence[Row], rates: dict[Row, float], config: Config, options: argparse.Namespace, source: Source
+) -> list[RunRecord]:
+    """Return the records of all final runs."""
+    from .running import Job, run_all
+
+    jobs = [Job(config, row, seed, rates[row], final=True) for row in rows for seed in config.final_seeds]
+    return run_all(jobs, options.out, options.workers, "final runs", resume=options.resume, source=source)
+
+
+def _summary(data: DataSet, config: Config, rows: Sequence[Row], records: Sequence[RunRecord]) -> str:
+    """Return test accuracies at the chosen round, mean ± standard deviation over the seeds, for the terminal."""
+    from .evaluation import FUSIONS, of_fusion
+    from .grids import Cell, Grid
+    from .statistics import summary
+    from .tables import PAPER_WARNING
+
+    grid = Grid(
+        f"{data.title or data.name}: test accuracy in percent at the chosen round, {config.seeds} seeds",
+        ["method"],
+        [("", ["lr"]), ("branches", list(data.modalities)), ("fusions", list(FUSIONS))],
+    )
+    for row in rows:
+        mine = [record for record in records if record["row"] == row.key]
+        cells = [Cell(row.label), Cell(f"{mine[0]['learning_rate']:g}")]
+        found = [record["chosen"]["scores"]["accuracy"] for record in mine]
+        for name in data.modalities:
+            values = [scores[name] for scores in found if name in scores]
+            cells.append(Cell(_spread(summary(values)) if values else "–"))
+        cells += [Cell(_spread(summary([of_fusion(scores, name) for scores in found]))) for name in FUSIONS]
+        grid.rows.append(cells)
+    warning = [PAPER_WARNING] if config.protocol == "paper" else []
+    return "\n\n".join([*warning, grid.plain()])
+
+
+def _spread(found: Any) -> str:
+    return f"{100 * found.mean:.1f}" + ("" if found.sd is None else f" ± {100 * found.sd:.1f}")
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Return the command line that gives the same numbers; how they were computed, and where, is left out."""
+    words = ["igm-rs", options.command, *([str(getattr(options, "number", getattr(options, "name", "")))])]
+    words += ["--data", options.data]
+    if getattr(options, "methods", None):
+        words += ["--methods", *options.methods]
+    for each in fields(Config):
+        value = getattr(options, each.name)
+        if each.name != "data" and value is not None:
+            words += [_option(each.name), *(map(str, value) if isinstance(value, list) else [_written(value)])]
+    for path in options.register:
+        words += ["--register", path.name]
+    if options.config is not None:
+        words += ["--config", options.config.name]
+    return shlex.join(words)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}={source or 'none'}" for name, source in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="igm-rs",
+        description="The paper's experiments on real data: one command a table, one a figure.",
+    )
+    parts = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = parts.add_parser("train", help="train a method with several seeds and measure it on the test split")
+    train.add_argument("--method", nargs="+", required=True, metavar="KEY", help="methods, see igm-rs list")
+    _add_run_options(train, _train)
+    table = parts.add_parser("table", help="make one of the paper's tables")
+    table.add_argument("number", type=int, choices=(1, 2, 3, 4), help="the paper's number of the table")
+    table.add_argument("--methods", nargs="+", metavar="KEY", help="these rows of table 1 only")
+    table.add_argument(
+        "--compare", type=Path, metavar="FILE", help="say whether the table is the stored one of this JSON file"
+    )
+    _add_run_options(table, _table)
+    figure = parts.add_parser("figure", help="make one of the paper's figures")
+    figure.add_argument("name", choices=("1", "3", "4", "5a", "5c"), help="the paper's number of the figure")
+    _add_run_options(figure, _figure)
+    listed = parts.add_parser("list", help="list data sets, methods, tables and figures")
+    _add_source_options(listed)
+    listed.set_defaults(run=_list)
+    page = parts.add_parser("page", help="write the results page from stored tables and figures")
+    page.add_argument("--out", type=Path, default=OUT, help="folder of results (default: results)")
+    page.set_defaults(run=_page)
+    return parser
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, help="where the data set's files lie, if not in the package")
+    parser.add_argument(
+        "--register", type=Path, nargs="+", default=[], metavar="FILE",
+        help="Python files that register data sets or methods",
+    )  # fmt: skip
+
+
+def _add_run_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    """Add what train, table and figure have in common: one option for every value of the configuration among it."""
+    parser.set_defaults(run=run)
+    parser.add_argument("--data", required=True, metavar="NAME", help="data set, see igm-rs list")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of results and runs (default: results)")
+    parser.add_argument("--workers", type=count, default=cores(), help="runs side by side (default: all cores)")
+    parser.add_argument("--resume", action="store_true", help="continue interrupted runs, bit for bit")
+    _add_source_options(parser)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file in place of the data set's own")
+    values = parser.add_argument_group("values of the configuration", "by default those of the data set's TOML file")
+    for each in fields(Config):
+        if each.name == "data":
+            continue
+        kind, more = _KINDS[str(each.type)]
+        chosen = {"base": BASES, "protocol": PROTOCOLS}.get(each.name)
+        values.add_argument(
+            _option(each.name), dest=each.name, type=kind, choices=chosen, help=each.metadata["help"], **more
+        )
+
+
+def _number_or_none(text: str) -> float | str:
+    """Read a number or the word none."""
+    return text if text == "none" else float(text)
+
+
+def _mapping(text: str) -> dict[str, str | None] | str:
+    """Read such as ``audio=video,video=none``, or the word none."""
+    if text == "none":
+        return text
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(name and sign and whose for name, sign, whose in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not such as audio=video,video=none")
+    return {name: None if whose == "none" else whose for name, _, whose in parts}
+
+
+_KINDS: dict[str, tuple[Callable[[str], Any], dict[str, Any]]] = {
+    "int": (int, {"metavar": "N"}),
+    "float": (float, {"metavar": "X"}),
+    "str": (str, {}),
+    "float | None": (_number_or_none, {"metavar": "X"}),
+    "Mapping[str, str | None] | None": (_mapping, {"metavar": "A=B,…"}),
+    "tuple[float, ...]": (float, {"nargs": "+", "metavar": "X"}),
+    "tuple[int, ...]": (int, {"nargs": "+", "metavar": "N"}),
+}
+"""How an option is read, by the type of the configuration's field."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
