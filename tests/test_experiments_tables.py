@@ -221,19 +221,23 @@ def test_differences_are_paired_and_have_an_interval(first):
 
 
 def test_effects_are_those_whose_rows_are_there(first):
-    found = {effect["label"]: effect for effect in first.results["effects"]}
-    assert list(found) == [
+    assert [effect.label for effect in first.effects] == [
         "IGM − joint (sum)",
         "IGM − MLA",
         "joint (sum): calibrated − mean fusion",
         "IGM: calibrated − mean fusion",
         "IGM: entropy-weighted − mean fusion",
     ]
-    assert found["IGM − MLA"]["differences"]["accuracy"]["mean"]["mean"] == pytest.approx(0.01)
-    fused = found["IGM: calibrated − mean fusion"]["differences"]["accuracy"]
-    assert fused == {"calibrated": {"mean": pytest.approx(0.02), "half_width": pytest.approx(0, abs=1e-6), "seeds": 3}}
     rows = rows_of(first.grids[4])
+    assert rows["IGM − MLA"][0] == grids.Cell("+1.0 ± 2.5")
     assert [cell.text for cell in rows["IGM: calibrated − mean fusion"][:3]] == ["–", "–", "+2.0 ± 0.0"]
+    assert rows["IGM: calibrated − mean fusion"][5] == grids.Cell("−0.020 ± 0.000", marked=True)
+
+
+def test_a_difference_is_of_fusions(first):
+    row = first.results["rows"][-1]
+    with pytest.raises(ValueError, match="fusions are mean, other, expected two of mean, entropy, calibrated, sum"):
+        tables.difference(row, row, "accuracy", ("mean", "other"))
 
 
 def test_cost_tells_settings_time_memory_and_what_the_optimizer_told(first):
@@ -282,8 +286,8 @@ def test_third_table_goes_turn_by_turn_and_marks_what_is_igm():
 
 
 def test_fourth_table_shows_the_modified_share_and_compares_with_none():
-    lines = [line("wide", "50%"), line("igm", "head"), line("none", "0% (none)")]
-    shares = {"wide": 0.61, "igm": 0.3, "none": None}
+    lines = [line("igm", "head"), line("wide", "50%"), line("none", "0% (none)")]
+    shares = {"wide": 0.61, "igm": 0.3, "none": None}  # the widest goes first
     records = [
         record(key, seed, 0.5 + 0.1 * at + 0.01 * seed, projected_share=shares[key])
         for at, key in enumerate(shares)
@@ -292,8 +296,11 @@ def test_fourth_table_shows_the_modified_share_and_compares_with_none():
     made = tables.table(4, lines, records, about=ABOUT, tried={})
     grid = made.grids[0]
     assert [row[1].text for row in grid.rows] == ["61.0%", "30.0%", "–"]
-    assert [effect["label"] for effect in made.results["effects"]] == ["50% − 0% (none)", "head − 0% (none)"]
-    assert made.results["effects"][0]["differences"]["accuracy"]["mean"]["mean"] == pytest.approx(-0.2)
+    assert [row[0].text for row in grid.rows] == ["50%", "head", "0% (none)"]
+    rows = rows_of(made.grids[1])
+    assert {key: cells[0].text for key, cells in rows.items()} == {
+        "50% − 0% (none)": "−20.0 ± 0.0", "head − 0% (none)": "−10.0 ± 0.0",
+    }  # fmt: skip
 
 
 def test_one_seed_has_no_spread_and_no_interval():
@@ -383,14 +390,15 @@ def test_files_hold_every_figure(first, tmp_path):
     with paths[1].open(newline="", encoding="utf-8") as file:
         figures = list(csv.DictReader(file))
     assert list(figures[0]) == [
-        "table", "dataset", "protocol", "row", "label", "weights", "measure", "of", "minus", "mean", "sd",
-        "half_width_95", "seeds",
+        "dataset", "protocol", "row", "weights", "measure", "of", "minus", "mean", "sd", "half_width_95", "seeds",
     ]  # fmt: skip
     igm = [figure for figure in figures if figure["row"] == "igm" and figure["of"] == "mean"]
     one = next(figure for figure in igm if (figure["weights"], figure["measure"]) == ("chosen", "accuracy"))
     assert (one["mean"], one["sd"], one["seeds"], one["minus"]) == ("0.74", "0.02", "3", "")
     other = next(figure for figure in igm if (figure["minus"], figure["measure"]) == ("mla", "accuracy"))
-    assert (other["mean"], other["half_width_95"]) == ("0.01", "0.024841")
+    assert (other["mean"], other["half_width_95"]) == ("0.01", "0.0248414")
+    last = figures[-1]
+    assert (last["row"], last["of"], last["minus"], last["measure"]) == ("igm", "entropy", "igm: mean", "nll")
 
 
 def test_runs_are_kept_without_their_curves(first):
@@ -398,9 +406,10 @@ def test_runs_are_kept_without_their_curves(first):
     assert "curve" not in run
     assert run["seed"] == 0
     assert run["rounds"] == {"chosen": 2, "last": 4}
-    assert run["scores"]["chosen"]["accuracy"]["mean"] == 0.72
+    assert first.results["rows"][-1]["of"] == [*NAMES, *evaluation.FUSIONS]
+    assert run["scores"]["chosen"]["accuracy"] == [0.7, 0.71, 0.72, 0.73, 0.74, 0.75]
     assert run["temperatures"] == {"audio": 1.25, "video": 1.25}
-    assert len(first.json()) < 100_000
+    assert len(first.json()) < 20_000
 
 
 @pytest.mark.parametrize(
@@ -426,10 +435,10 @@ def shifted(table, by, **versions):
     results = json.loads(table.json())
     results["versions"] |= versions
     for row in results["rows"]:
-        for weights in row["summary"].values():
-            for measure in weights.values():
-                for value in measure.values():
-                    value["mean"] += by
+        for run in row["runs"]:
+            for measures in run["scores"].values():
+                for measure, listed in measures.items():
+                    measures[measure] = [value + by for value in listed]
     return results
 
 
@@ -464,15 +473,9 @@ def test_other_arithmetic_may_differ_by_what_seeds_do(first, other):
 
 
 def test_single_runs_of_other_arithmetic_cannot_be_compared(first):
-    one = json.loads(first.json())
-    for row in one["rows"]:
-        for weights in row["summary"].values():
-            for measure in weights.values():
-                for value in measure.values():
-                    value.update(seeds=1, sd=None)
-    other = json.loads(json.dumps(one))
-    other["versions"]["processor"] = "that"
-    other["rows"][0]["summary"]["last"]["map"]["audio"]["mean"] += 0.5
+    one, other = json.loads(first.json()), shifted(first, 0.5, processor="that")
+    for row in (*one["rows"], *other["rows"]):
+        del row["runs"][1:]
     assert reproduction.compare(one, other).problems == ()
 
 

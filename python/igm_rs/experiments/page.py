@@ -10,7 +10,7 @@ from typing import Any
 
 from .plans import TABLES
 from .reproduction import ERRORS, FLOOR
-from .tables import Table
+from .tables import MINUS, Table
 
 __all__ = ["FINDINGS", "page", "write"]
 
@@ -144,7 +144,7 @@ def _table(table: Table) -> str:
     ]
     folded: list[str] = []
     for place, grid in enumerate(table.grids):
-        effects = grid.words == ["one minus the other"]
+        effects = grid.words == [MINUS]
         (parts if place < OPEN_PARTS or effects else folded).append(grid.markdown())
     inside = "\n\n".join(folded)
     return "\n\n".join([*parts, f"<details><summary>More of this table</summary>\n\n{inside}\n\n</details>"])

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .statistics import Summary
+from .tables import figures
+
 __all__ = ["EXACT", "Comparison", "compare", "same_arithmetic"]
 
 EXACT = 2e-6
@@ -95,12 +98,12 @@ def compare(fresh: Results, stored: Results) -> Comparison:
     pairs = list(_pairs(fresh, stored))
     largest = 0.0
     for place, mine, theirs in pairs:
-        difference = abs(mine["mean"] - theirs["mean"])
+        difference = abs(mine.mean - theirs.mean)
         largest = max(largest, difference)
         allowed = EXACT if exact else _allowed(mine, theirs)
         if not difference <= allowed:
             problems.append(
-                f"{place}: {mine['mean']:.6f}, stored {theirs['mean']:.6f}, difference {difference:.6f}, "
+                f"{place}: {mine.mean:.6f}, stored {theirs.mean:.6f}, difference {difference:.6f}, "
                 f"allowed {allowed:.6f}"
             )
     return Comparison(exact, len(pairs), largest, tuple(problems))
@@ -123,19 +126,18 @@ def _other_things(fresh: Results, stored: Results) -> Iterator[str]:
             yield f"row {key} has seeds {seeds[0].get(key)}, stored {seeds[1].get(key)}"
 
 
-def _pairs(fresh: Results, stored: Results) -> Iterator[tuple[str, Results, Results]]:
+def _pairs(fresh: Results, stored: Results) -> Iterator[tuple[str, Summary, Summary]]:
     """Every pair of means, with its place."""
-    others = {row["key"]: row["summary"] for row in stored["rows"]}
+    others = {row["key"]: figures(row) for row in stored["rows"]}
     for row in fresh["rows"]:
-        for weights, measures in row["summary"].items():
-            for measure in ("accuracy", "map", "macro_f1"):
-                for name, value in measures[measure].items():
-                    place = f"{row['key']}, {weights} round, {measure} of {name}"
-                    yield place, value, others[row["key"]][weights][measure][name]
+        for (weights, measure, name), mine in figures(row).items():
+            if measure != "nll":
+                place = f"{row['key']}, {weights} round, {measure} of {name}"
+                yield place, mine, others[row["key"]][weights, measure, name]
 
 
-def _allowed(mine: Results, theirs: Results) -> float:
+def _allowed(mine: Summary, theirs: Summary) -> float:
     """Return the largest difference of two means where the arithmetic is not the same; of single runs, any."""
-    if mine["seeds"] < 2:
+    if mine.sd is None or theirs.sd is None:
         return math.inf
-    return max(FLOOR, ERRORS * math.sqrt((mine["sd"] ** 2 + theirs["sd"] ** 2) / mine["seeds"]))
+    return max(FLOOR, ERRORS * math.sqrt((mine.sd**2 + theirs.sd**2) / mine.seeds))

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 from .evaluation import FUSIONS, MEASURES, of_fusion
 from .grids import Cell, Grid
 from .plans import EFFECTS, TABLES, Effect, Line
-from .statistics import paired_difference, summary
+from .statistics import Difference, Summary, paired_difference, summary
 
-__all__ = ["PAPER_WARNING", "Table", "condensed", "table"]
+__all__ = ["MINUS", "PAPER_WARNING", "Table", "condensed", "difference", "figure", "figures", "table", "values"]
 
 Record = Mapping[str, Any]
 """A run, as it is stored."""
@@ -39,104 +39,114 @@ NAMES = {"accuracy": "accuracy", "map": "MAP", "macro_f1": "macro-F1", "nll": "N
 REFERENCES = {"joint-concat": "joint, concat", "joint-sum": "joint, sum", "mla": "MLA"}
 """Rows that every row of Table 1 is compared with, with their headings."""
 
+WEIGHTS = ("chosen", "last")
+"""Rounds whose weights are measured."""
+
 MISSING = "–"
 
 
 # Numbers
 
 
-def condensed(record: Record) -> dict[str, Any]:
-    """Return what a table keeps of a run: every figure, six decimals, without the training curve."""
-    kept = ("learning_rate", "seconds_per_step", "seconds", "peak_memory", "skipped", "cosine")
-    also = ("effective_perturbation", "projected_share", "parameters")
+def condensed(record: Record, names: Sequence[str]) -> dict[str, Any]:
+    """Return what a table keeps of a run: every figure to six decimals, no training curve.
+
+    Parameters
+    ----------
+    record : mapping
+        As stored.
+    names : sequence of str
+        Modalities and fusions in the order in which each measure is to list them.
+    """
+    kept = ("seconds_per_step", "seconds", "peak_memory", "skipped", "cosine", "effective_perturbation")
     return {
         "seed": record["seed"],
-        "rounds": {name: record[name]["round"] for name in ("chosen", "last")},
-        "scores": {name: _rounded(record[name]["scores"]) for name in ("chosen", "last")},
+        "rounds": {weights: record[weights]["round"] for weights in WEIGHTS},
+        "scores": {
+            weights: {
+                measure: [_rounded(record[weights]["scores"][measure][name]) for name in names] for measure in MEASURES
+            }
+            for weights in WEIGHTS
+        },
         "temperatures": _rounded(record["temperatures"]),
-        **{name: _rounded(record[name]) for name in (*kept, *also)},
+        **{name: _rounded(record[name]) for name in (*kept, "projected_share", "parameters")},
     }
 
 
 def _rounded(value: Any) -> Any:
-    """Round every number in nested mappings and lists to six decimals."""
-    if isinstance(value, float):
-        return round(value, 6)
+    """Round every number in nested mappings to six decimals."""
     if isinstance(value, Mapping):
         return {name: _rounded(item) for name, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def _row(line: Line, records: Sequence[Record], tried: Mapping[float, float], by_turn: bool) -> Results:
-    """Sum up the runs of one row."""
-    runs = [condensed(record) for record in sorted(records, key=lambda record: record["seed"])]
-    if by_turn:
-        for run, record in zip(runs, sorted(records, key=lambda record: record["seed"]), strict=True):
-            run["after_turn"] = [
-                {"round": turn["round"], "modality": turn["modality"], "accuracy": _rounded(turn["scores"]["accuracy"])}
-                for turn in record["after_turn"]
-            ]
-    return {
+    """Return what a table keeps of a row."""
+    records = sorted(records, key=lambda record: record["seed"])
+    names = list(records[0]["chosen"]["scores"]["accuracy"])
+    row: Results = {
         "key": line.row.key,
         "words": list(line.words),
-        "label": line.row.label,
         "modalities": list(line.row.modalities),
-        "learning_rate": runs[0]["learning_rate"],
+        "learning_rate": records[0]["learning_rate"],
         "tuned_as": line.tuned_as.key,
         "tried": [{"learning_rate": rate, "validation_accuracy": _rounded(value)} for rate, value in tried.items()],
-        "summary": {
-            weights: {
-                measure: {
-                    name: _summary([run["scores"][weights][measure][name] for run in runs])
-                    for name in runs[0]["scores"][weights][measure]
-                }
-                for measure in MEASURES
-            }
-            for weights in ("chosen", "last")
-        },
-        "seconds_per_step": _summary([run["seconds_per_step"] for run in runs]),
-        "peak_memory": _summary([run["peak_memory"] for run in runs]),
-        "runs": runs,
+        "of": names,
+        "runs": [condensed(record, names) for record in records],
     }
+    if by_turn:
+        turns = records[0]["after_turn"]
+        row["turns"] = [{"round": turn["round"], "modality": turn["modality"]} for turn in turns]
+        row["of_turns"] = list(turns[0]["scores"]["accuracy"])
+        for run, record in zip(row["runs"], records, strict=True):
+            run["after_turn"] = [
+                [_rounded(turn["scores"]["accuracy"][name]) for name in row["of_turns"]]
+                for turn in record["after_turn"]
+            ]
+    return row
 
 
-def _summary(values: Sequence[float]) -> dict[str, Any]:
-    return dict(_rounded(asdict(summary(values))))
+def values(row: Results, weights: str, measure: str, name: str) -> dict[int, float] | None:
+    """Return what stands in a column of a table, by seed; None where the row has no such figure.
+
+    Parameters
+    ----------
+    row : dict
+        Of a table's ``rows``.
+    weights : {"chosen", "last"}
+        Which round.
+    measure : str
+        Of :data:`igm_rs.experiments.evaluation.MEASURES`.
+    name : str
+        A modality; or a fusion, which of a joint head is its own prediction and of a single modality its own.
+    """
+    places = {known: place for place, known in enumerate(row["of"])}
+    place = of_fusion(places, name) if name in FUSIONS else places.get(name)
+    return None if place is None else {run["seed"]: run["scores"][weights][measure][place] for run in row["runs"]}
 
 
-def _by_seed(row: Results, measure: str, fusion: str) -> dict[int, float]:
-    """Return what stands in a fusion's column, by seed."""
-    return {run["seed"]: of_fusion(run["scores"]["chosen"][measure], fusion) for run in row["runs"]}
+def figure(row: Results, weights: str, measure: str, name: str) -> Summary | None:
+    """Return mean and deviation of :func:`values`."""
+    found = values(row, weights, measure, name)
+    return None if found is None else summary(list(found.values()))
 
 
-def _differences(mine: Results, theirs: Results) -> Results:
-    """Return one row minus another: measure to (fusion to difference)."""
+def figures(row: Results) -> dict[tuple[str, str, str], Summary]:
+    """Return every figure of a row by weights, measure, and modality or fusion, under their own names."""
     return {
-        measure: {
-            fusion: _rounded(
-                asdict(paired_difference(_by_seed(mine, measure, fusion), _by_seed(theirs, measure, fusion)))
-            )
-            for fusion in FUSIONS
-        }
+        (weights, measure, name): summary([run["scores"][weights][measure][place] for run in row["runs"]])
+        for weights in WEIGHTS
         for measure in MEASURES
+        for place, name in enumerate(row["of"])
     }
 
 
-def _effect(effect: Effect, rows: Mapping[str, Results]) -> Results:
-    """Return a comparison's differences, by measure and fusion; between fusions there is one a measure."""
-    mine, theirs = rows[effect.mine], rows[effect.theirs]
-    if effect.fusions is None:
-        found = _differences(mine, theirs)
-    else:
-        one, other = effect.fusions
-        found = {
-            measure: {
-                one: _rounded(asdict(paired_difference(_by_seed(mine, measure, one), _by_seed(theirs, measure, other))))
-            }
-            for measure in MEASURES
-        }
-    fusions = None if effect.fusions is None else list(effect.fusions)
-    return {**asdict(effect), "fusions": fusions, "differences": found}
+def difference(mine: Results, theirs: Results, measure: str, fusions: tuple[str, str]) -> Difference:
+    """Return one row's fusion minus another row's, at the chosen round, seed by seed."""
+    one, other = (values(row, "chosen", measure, name) for row, name in zip((mine, theirs), fusions, strict=True))
+    if one is None or other is None:
+        raise ValueError(f"fusions are {', '.join(fusions)}, expected two of {', '.join(FUSIONS)}")
+    return paired_difference(one, other)
 
 
 def table(
@@ -147,7 +157,7 @@ def table(
     about: Mapping[str, Any],
     tried: Mapping[str, Mapping[float, float]],
 ) -> Table:
-    """Sum up the runs of a table.
+    """Put the runs of a table together.
 
     Parameters
     ----------
@@ -174,69 +184,55 @@ def table(
         if not runs:
             raise ValueError(f"table {number}: row {line.row.key!r} has no run")
         rows.append(_row(line, runs, tried.get(line.tuned_as.key, {}), number == 3))
-    by_key = {row["key"]: row for row in rows}
-    for row in rows:
-        row["minus"] = {
-            key: _differences(row, by_key[key]) for key in REFERENCES if key in by_key and key != row["key"]
-        }
-    effects = [
-        _effect(effect, by_key)
-        for effect in EFFECTS.get(number, ())
-        if effect.mine in by_key and effect.theirs in by_key
-    ]
     if number == 4:
-        none = rows[-1]
-        effects = [
-            _effect(Effect(f"{row['words'][0]} − {none['words'][0]}", row["key"], none["key"]), by_key)
-            for row in rows[:-1]
-        ]
-    return Table({"table": number, "shows": TABLES[number], **about, "rows": rows, "effects": effects})
+        rows.sort(key=lambda row: -(_told(row, "projected_share") or 0.0))
+    return Table({"table": number, "shows": TABLES[number], **about, "rows": rows})
+
+
+def _told(row: Results, name: str) -> float | None:
+    """Return the mean over seeds of what a run tells of itself, where it does."""
+    found = [run[name] for run in row["runs"] if run[name] is not None]
+    return fmean(found) if found else None
 
 
 # Layout
 
 
-def _spread(value: Mapping[str, Any] | None, measure: str = "accuracy") -> str:
+def _scale(measure: str) -> tuple[int, int]:
+    """Factor and decimals of a measure in the tables: percent, or nats."""
+    return (1, 3) if measure == "nll" else (100, 1)
+
+
+def _spread(value: Summary | None, measure: str = "accuracy") -> str:
     """Return "mean ± standard deviation", in percent or, of NLL, in nats."""
     if value is None:
         return MISSING
-    scale, digits = (1, 3) if measure == "nll" else (100, 1)
-    mean = f"{scale * value['mean']:.{digits}f}"
-    return mean if value["sd"] is None else f"{mean} ± {scale * value['sd']:.{digits}f}"
+    scale, digits = _scale(measure)
+    mean = f"{scale * value.mean:.{digits}f}"
+    return mean if value.sd is None else f"{mean} ± {scale * value.sd:.{digits}f}"
 
 
-def _difference(value: Mapping[str, Any] | None, measure: str = "accuracy") -> Cell:
+def _signed(value: Difference, measure: str = "accuracy") -> Cell:
     """Return "difference ± half width", in points of percent or, of NLL, in nats; marked where zero is left out."""
-    if value is None:
-        return Cell(MISSING)
-    scale, digits = (1, 3) if measure == "nll" else (100, 1)
-    mean = f"{scale * value['mean']:+.{digits}f}".replace("-", "−")
-    half = value["half_width"]
-    if half is None:
+    scale, digits = _scale(measure)
+    mean = f"{scale * value.mean:+.{digits}f}".replace("-", "−")
+    if value.half_width is None:
         return Cell(mean)
-    return Cell(f"{mean} ± {scale * half:.{digits}f}", marked=abs(value["mean"]) > half)
-
-
-def _figure(row: Results, weights: str, measure: str, name: str) -> Results | None:
-    """Return mean and deviation in a column of a fusion or a modality; None where the row has none."""
-    values = row["summary"][weights][measure]
-    found: Results | None = of_fusion(values, name) if name in FUSIONS else values.get(name)
-    return found
+    return Cell(f"{mean} ± {scale * value.half_width:.{digits}f}", marked=value.clear)
 
 
 def _ranked(rows: Sequence[Results], weights: str, measure: str, name: str) -> list[Cell]:
     """Return a column: best and second by what is printed, † where worse than the best single modality."""
-    figures = [_figure(row, weights, measure, name) for row in rows]
+    figures = [figure(row, weights, measure, name) for row in rows]
     better = -1 if measure == "nll" else 1
-    digits = 3
-    keys = [None if figure is None else better * round(figure["mean"], digits) for figure in figures]
+    keys = [None if found is None else better * round(found.mean, 3) for found in figures]
     order = sorted({key for key in keys if key is not None}, reverse=True)
     alone = [key for row, key in zip(rows, keys, strict=True) if len(row["modalities"]) == 1 and key is not None]
     cells = []
-    for row, figure, key in zip(rows, figures, keys, strict=True):
+    for row, found, key in zip(rows, figures, keys, strict=True):
         rank = 1 + order.index(key) if key is not None and len(rows) > 1 else 0
         worse = name in FUSIONS and len(row["modalities"]) > 1 and bool(alone) and key is not None and key < max(alone)
-        cells.append(Cell(_spread(figure, measure), rank if rank < 3 else 0, worse))
+        cells.append(Cell(_spread(found, measure), rank if rank < 3 else 0, worse))
     return cells
 
 
@@ -260,30 +256,39 @@ def _measured(
 
 def _compared(results: Results, words: list[str]) -> Grid:
     """Return the part with each row's paired differences to joint training and to MLA."""
-    rows = results["rows"]
-    keys = [key for key in REFERENCES if any(key in row["minus"] for row in rows)]
+    rows = {row["key"]: row for row in results["rows"]}
+    keys = [key for key in REFERENCES if key in rows]
     columns, groups = [], []
     for measure, fusion in (("accuracy", "mean"), ("accuracy", "calibrated"), ("nll", "calibrated")):
         groups.append((f"{NAMES[measure]}, {fusion}", [f"− {REFERENCES[key]}" for key in keys]))
         columns += [
-            [_difference(row["minus"].get(key, {}).get(measure, {}).get(fusion), measure) for row in rows]
+            [
+                Cell(MISSING)
+                if row is rows[key]
+                else _signed(difference(row, rows[key], measure, (fusion,) * 2), measure)
+                for row in rows.values()
+            ]
             for key in keys
         ]
     title = "Paired differences, seed by seed, ± 95 % interval"
-    return Grid(title, words, groups, _columns_to_rows([row["words"] for row in rows], columns))
+    return Grid(title, words, groups, _columns_to_rows([row["words"] for row in rows.values()], columns), CLEAR)
 
 
-def _effects(results: Results) -> Grid:
+def _effects(table: Table) -> Grid:
     """Return the part with the comparisons that the plan names."""
+    rows = {row["key"]: row for row in table.results["rows"]}
     body = []
-    for effect in results["effects"]:
-        found = effect["differences"]
-        cells = [Cell(effect["label"])]
+    for effect in table.effects:
+        cells = [Cell(effect.label)]
         for measure in ("accuracy", "nll"):
-            cells += [_difference(found[measure].get(fusion), measure) for fusion in SHOWN]
+            for fusion in SHOWN:
+                fusions = effect.fusions or (fusion, fusion)
+                shown = fusions[0] == fusion
+                found = difference(rows[effect.mine], rows[effect.theirs], measure, fusions)
+                cells.append(_signed(found, measure) if shown else Cell(MISSING))
         body.append(cells)
     groups = [(NAMES[measure], list(SHOWN.values())) for measure in ("accuracy", "nll")]
-    return Grid("What is worth how much: paired differences, ± 95 % interval", ["one minus the other"], groups, body)
+    return Grid("What is worth how much: paired differences, ± 95 % interval", [MINUS], groups, body, CLEAR)
 
 
 def _cost(results: Results, words: list[str]) -> Grid:
@@ -291,16 +296,14 @@ def _cost(results: Results, words: list[str]) -> Grid:
     body = []
     for row in results["rows"]:
         runs = row["runs"]
-        rounds = [run["rounds"]["chosen"] for run in runs]
-        last = runs[0]["rounds"]["last"]
         cells = [
             f"{row['learning_rate']:g}",
-            f"{fmean(rounds):.1f} of {last}",
-            f"{1000 * row['seconds_per_step']['mean']:.2f}",
-            f"{row['peak_memory']['mean'] / 2**20:.0f}",
-            _told(runs, "cosine", "{:.4f}"),
-            _told(runs, "projected_share", "{:.1%}"),
-            _told(runs, "effective_perturbation", "{:.1%}"),
+            f"{fmean(run['rounds']['chosen'] for run in runs):.1f} of {runs[0]['rounds']['last']}",
+            _written(row, "seconds_per_step", "{:.2f}", 1000),
+            _written(row, "peak_memory", "{:.0f}", 2**-20),
+            _written(row, "cosine", "{:.4f}"),
+            _written(row, "projected_share", "{:.1%}"),
+            _written(row, "effective_perturbation", "{:.1%}"),
             str(sum(run["skipped"] for run in runs)),
         ]
         body.append([*map(Cell, row["words"]), *map(Cell, cells)])
@@ -313,11 +316,14 @@ def _cost(results: Results, words: list[str]) -> Grid:
     return Grid("Settings and cost", words, [("", heads)], body, note)
 
 
-def _told(runs: Sequence[Results], name: str, pattern: str) -> str:
-    """Return the mean of what the optimizer told, where it did."""
-    values = [run[name] for run in runs if run[name] is not None]
-    return pattern.format(fmean(values)) if values else MISSING
+def _written(row: Results, name: str, pattern: str, factor: float = 1) -> str:
+    """Return the mean of what the runs tell of themselves, in a unit."""
+    found = _told(row, name)
+    return MISSING if found is None else pattern.format(factor * found)
 
+
+MINUS = "one minus the other"
+"""Heading of the comparisons' names."""
 
 RANKS = "Bold (¹): best of the column; underlined (²): second best"
 CLEAR = "Bold (*): the interval leaves out zero."
@@ -344,11 +350,9 @@ def _first(results: Results) -> list[Grid]:
         ),
         f"{RANKS}.",
     )
-    if not any(row["minus"] for row in results["rows"]):
+    if not any(row["key"] in REFERENCES for row in results["rows"]):
         return [main, last, branches]
-    compared = _compared(results, words)
-    compared.note = CLEAR
-    return [main, last, branches, compared]
+    return [main, last, branches, _compared(results, words)]
 
 
 def _second(results: Results) -> list[Grid]:
@@ -361,18 +365,18 @@ def _second(results: Results) -> list[Grid]:
 
 def _third(results: Results) -> list[Grid]:
     rows, names = results["rows"], results["modalities"]
-    turns = [(turn["round"], turn["modality"]) for turn in rows[0]["runs"][0]["after_turn"]]
+    turns = [(turn["round"], turn["modality"]) for turn in rows[0]["turns"]]
     last = turns[-1][0]
     wanted = sorted({number for number in (1, 2, last // 2, last) if number >= 1})
     shown = [at for at, (number, _) in enumerate(turns) if number == 0 or number in wanted]
     igm = rows[-1]
     columns = []
     for at in shown:
-        values = [[run["after_turn"][at]["accuracy"]["mean"] for run in row["runs"]] for row in rows]
+        found = [_after_turn(row, at, "mean") for row in rows]
         columns.append(
             [
-                Cell(_spread(_summary(mine)), marked=row is not igm and mine == values[-1])
-                for row, mine in zip(rows, values, strict=True)
+                Cell(_spread(summary(mine)), marked=row is not igm and mine == found[-1])
+                for row, mine in zip(rows, found, strict=True)
             ]
         )
     groups = [("", ["initial"])] if turns[0][0] == 0 else []
@@ -388,10 +392,16 @@ def _third(results: Results) -> list[Grid]:
     return [by_turn, test]
 
 
+def _after_turn(row: Results, turn: int, name: str) -> list[float]:
+    """Return the validation accuracy after a turn, a value a seed."""
+    place = row["of_turns"].index(name)
+    return [run["after_turn"][turn][place] for run in row["runs"]]
+
+
 def _fourth(results: Results) -> list[Grid]:
     words = ["scope"]
     grid = _measured(results, "Chosen round, test", words, "chosen", ("accuracy", "map", "macro_f1"))
-    shares = [Cell(_told(row["runs"], "projected_share", "{:.1%}")) for row in results["rows"]]
+    shares = [Cell(_written(row, "projected_share", "{:.1%}")) for row in results["rows"]]
     for row, share in zip(grid.rows, shares, strict=True):
         row.insert(1, share)
     grid.groups.insert(0, ("", ["modified"]))
@@ -413,7 +423,7 @@ class Table:
     Attributes
     ----------
     results : dict
-        Its numbers in plain values: what :func:`table` was told, ``rows`` with every run condensed, ``effects``.
+        Its numbers in plain values: what :func:`table` was told, and ``rows`` with every run condensed.
     """
 
     results: Results
@@ -465,14 +475,22 @@ class Table:
         ]
 
     @property
+    def effects(self) -> list[Effect]:
+        """Its comparisons; of Table 4 each scope is compared with none."""
+        rows = self.results["rows"]
+        if self.results["table"] == 4:
+            none = rows[-1]
+            return [Effect(f"{row['words'][0]} − {none['words'][0]}", row["key"], none["key"]) for row in rows[:-1]]
+        keys = {row["key"] for row in rows}
+        return [effect for effect in EFFECTS.get(self.results["table"], ()) if {effect.mine, effect.theirs} <= keys]
+
+    @property
     def grids(self) -> list[Grid]:
         """Its parts, the paper's own first."""
         number = self.results["table"]
         parts = PARTS[number](self.results)
-        if self.results["effects"]:
-            effects = _effects(self.results)
-            effects.note = CLEAR
-            parts.append(effects)
+        if self.effects:
+            parts.append(_effects(self))
         return [*parts, _cost(self.results, WORDS[number])]
 
     def plain(self, width: int | None = None) -> str:
@@ -496,43 +514,51 @@ class Table:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
             [
-                *("table", "dataset", "protocol", "row", "label", "weights", "measure", "of", "minus"),
+                *("dataset", "protocol", "row", "weights", "measure", "of", "minus"),
                 *("mean", "sd", "half_width_95", "seeds"),
             ]
         )
-        start = [self.results["table"], self.results["dataset"], self.results["protocol"]]
+        start = [self.results["dataset"], self.results["protocol"]]
         for line in self._lines():
-            writer.writerow([*start, *("" if value is None else value for value in line)])
+            numbers = ["" if value is None else f"{value:.6g}" for value in line[-4:-1]]
+            writer.writerow([*start, *line[:-4], *numbers, line[-1]])
         return file.getvalue()
 
     def _lines(self) -> Iterator[list[Any]]:
-        """The lines of the CSV file after their first three columns."""
-        for row in self.results["rows"]:
-            first = [row["key"], " ".join(row["words"])]
-            for weights, measures in row["summary"].items():
-                for measure, values in measures.items():
-                    for name, value in values.items():
-                        yield [*first, weights, measure, name, "", value["mean"], value["sd"], "", value["seeds"]]
-            for turn in range(len(row["runs"][0].get("after_turn", ()))):
-                told = [run["after_turn"][turn] for run in row["runs"]]
-                weights = f"round {told[0]['round']} after {told[0]['modality']}, validation"
-                for name in told[0]["accuracy"]:
-                    value = _summary([run["accuracy"][name] for run in told])
-                    yield [*first, weights, "accuracy", name, "", value["mean"], value["sd"], "", value["seeds"]]
+        """The lines of the CSV file after their first two columns."""
+        rows = {row["key"]: row for row in self.results["rows"]}
+        for key, row in rows.items():
+            for (weights, measure, name), found in figures(row).items():
+                yield [key, weights, measure, name, "", found.mean, found.sd, None, found.seeds]
+            for at, turn in enumerate(row.get("turns", ())):
+                weights = f"round {turn['round']} after {turn['modality'] or 'nothing'}, validation"
+                for name in row["of_turns"]:
+                    found = summary(_after_turn(row, at, name))
+                    yield [key, weights, "accuracy", name, "", found.mean, found.sd, None, found.seeds]
             for measure in ("seconds_per_step", "peak_memory"):
-                value = row[measure]
-                yield [*first, "", measure, "training", "", value["mean"], value["sd"], "", value["seeds"]]
-            for other, measures in row["minus"].items():
-                yield from _difference_lines(first, other, measures)
-        for effect in self.results["effects"]:
-            one = [effect["mine"], effect["label"]]
-            yield from _difference_lines(one, effect["theirs"], effect["differences"])
+                found = summary([run[measure] for run in row["runs"]])
+                yield [key, "", measure, "", "", found.mean, found.sd, None, found.seeds]
+        pairs = [
+            (mine, theirs, (fusion, fusion))
+            for mine in rows
+            for theirs in (REFERENCES if self.results["table"] == 1 else ())
+            if theirs in rows and mine != theirs
+            for fusion in SHOWN
+        ]
+        for effect in self.effects:
+            choice = [(fusion, fusion) for fusion in SHOWN] if effect.fusions is None else [effect.fusions]
+            pairs += [(effect.mine, effect.theirs, fusions) for fusions in choice]
+        for mine, theirs, fusions in dict.fromkeys(pairs):
+            for measure in MEASURES:
+                minus = difference(rows[mine], rows[theirs], measure, fusions)
+                other = theirs if fusions[0] == fusions[1] else f"{theirs}: {fusions[1]}"
+                yield [mine, "chosen", measure, fusions[0], other, minus.mean, None, minus.half_width, minus.seeds]
 
     def json(self) -> str:
         """Return all its numbers; one line a row."""
         parts = []
         for name, value in self.results.items():
-            if name in ("rows", "effects", "words") and value:
+            if name in ("rows", "words") and value:
                 text = "[\n  " + ",\n  ".join(json.dumps(item, ensure_ascii=False) for item in value) + "\n ]"
             else:
                 text = json.dumps(value, ensure_ascii=False)
@@ -547,12 +573,3 @@ class Table:
             paths.append(folder / f"{self.name}.{ending}")
             paths[-1].write_text(text, encoding="utf-8")
         return paths
-
-
-def _difference_lines(first: list[Any], other: str, measures: Results) -> Iterator[list[Any]]:
-    """The CSV lines of differences."""
-    for measure, values in measures.items():
-        for fusion, value in values.items():
-            yield [
-                *first, "chosen", measure, fusion, other, value["mean"], "", value["half_width"], value["seeds"],
-            ]  # fmt: skip
