@@ -1,8 +1,8 @@
 # Every command of the project. `make demo` and `make test` do all their own set-up; Rust and Python must be there.
 PYTHON ?= python3
 VENV ?= .venv
-SEEDS ?= 3
-OUT ?= results/seeds-$(SEEDS)
+DATA ?= watch
+OUT ?= results/demo
 LATER_SEEDS ?= 10
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
@@ -30,7 +30,7 @@ $(VENV)/.installed: $(VENV)/.build-tools $(SOURCES)
 	touch $@
 
 demo: install
-	$(BIN)/python -m igm_rs.experiments --data data --out $(OUT) --seeds $(SEEDS) $(DEMO_FLAGS)
+	$(BIN)/igm-rs table 1 --data $(DATA) --out $(OUT) $(DEMO_FLAGS)
 
 later: install
 	$(BIN)/python -m igm_rs.experiments.later --out results/later --seeds $(LATER_SEEDS)

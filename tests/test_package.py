@@ -306,6 +306,7 @@ def test_source_distribution_is_complete(monkeypatch, tmp_path):
         "src/python/*",
         "python/igm_rs/**/*.py*",
         "python/igm_rs/experiments/archives/*",
+        "python/igm_rs/experiments/configurations/*",
         "tests/*.py",
         "build_backend/*.py",
         "notebooks/*.ipynb",

@@ -120,16 +120,16 @@ def _figure(options: argparse.Namespace) -> int:
     """Make a figure: picture and numbers."""
     from . import figures
 
-    data, config, source = _begin(options)
+    _, config, source = _begin(options)
     paths = figures.figure(
         options.name,
-        data,
         config,
         options.out,
         workers=options.workers,
+        command=_command(options),
+        seeds=options.seeds,
         resume=options.resume,
         source=source,
-        command=_command(options),
     )
     print(f"Written: {', '.join(map(str, paths))}")
     return 0

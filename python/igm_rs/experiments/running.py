@@ -235,7 +235,7 @@ def run_job(
         Path("/proc/self/clear_refs").write_text("5")
     visible = data if job.final else data.without_test()
     training = Training(visible, job.row, job.config, job.learning_rate, job.seed)
-    before = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": 0.0}
+    before: dict[str, Any] = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": 0.0}
     if resume and checkpoint.is_file():
         before = _load(checkpoint, training)
         tell(Progress(training.done, float("nan"), None))
@@ -361,18 +361,18 @@ def _log(folder: Path, done: int) -> Iterator[Callable[[Sequence[Mapping[str, An
     if not done:
         for stale in folder.glob("events.out.tfevents.*"):
             stale.unlink()
-    writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder))
 
     def note(curve: Sequence[Mapping[str, Any]], point: Mapping[str, Any]) -> None:
         write_curve(folder / "metrics.csv", curve)
-        writer.add_scalar("training loss", point["loss"], point["steps"])  # type: ignore[no-untyped-call]
+        writer.add_scalar("training loss", point["loss"], point["steps"])
         for name, value in point["accuracy"].items():
-            writer.add_scalar(f"validation accuracy/{name}", value, point["steps"])  # type: ignore[no-untyped-call]
+            writer.add_scalar(f"validation accuracy/{name}", value, point["steps"])
 
     try:
         yield note
     finally:
-        writer.close()  # type: ignore[no-untyped-call]
+        writer.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

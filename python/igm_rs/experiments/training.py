@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,7 +124,7 @@ class Stretch:
     ----------
     round : int
         From 1.
-    steps : list of tuple of str
+    steps : sequence of tuple of str
         The modalities that each step moves.
     factor : float
         Of the learning rate.
@@ -133,7 +133,7 @@ class Stretch:
     """
 
     round: int
-    steps: list[Active]
+    steps: Sequence[Active]
     factor: float
     ends_round: bool
 
