@@ -417,8 +417,13 @@ def test_runs_are_kept_without_their_curves(first):
     [
         (None, FileNotFoundError, "table file .*x.json does not exist"),
         ("{", ValueError, "table file .*x.json is not as expected: it is no JSON"),
-        ("[]", ValueError, "table file .*x.json is not as expected: it has no table, dataset, rows"),
-        ('{"table": 1, "rows": []}', ValueError, "table file .*x.json is not as expected: it has no dataset"),
+        ("[]", ValueError, "table file .*x.json is not as expected: it has no table, shows, dataset, title"),
+        ('{"table": 1, "rows": []}', ValueError, "table file .*x.json is not as expected: it has no shows, dataset"),
+        (
+            json.dumps({**ABOUT, "table": 1, "shows": "", "rows": [{"key": "igm"}]}),
+            ValueError,
+            "table file .*x.json is not as expected: it has no words, modalities, learning_rate, tried, of, runs",
+        ),
     ],
 )
 def test_a_broken_table_file_is_named(tmp_path, content, error, message):
@@ -477,6 +482,23 @@ def test_single_runs_of_other_arithmetic_cannot_be_compared(first):
     for row in (*one["rows"], *other["rows"]):
         del row["runs"][1:]
     assert reproduction.compare(one, other).problems == ()
+
+
+def test_another_choice_of_learning_rate_is_told_and_fails_only_with_the_same_arithmetic(first):
+    chosen = json.loads(first.json())
+    chosen["rows"][-1]["learning_rate"] = 0.01
+    line = (
+        "row igm: learning rate 0.01 was chosen (0.01: 70.0%, 0.03: 80.0%), stored is 0.03 (0.01: 70.0%, 0.03: 80.0%); "
+        "compared with the stored one"
+    )
+    found = reproduction.compare(first.results, first.results, chosen)
+    assert (found.problems, found.notes) == ((line,), ())
+    found = reproduction.compare(first.results, shifted(first, 0, torch="3"), chosen)
+    assert (found.problems, found.notes) == ((), (line,))
+    assert found.text.endswith(f"\n- {line}")
+    found = reproduction.compare(chosen, first.results)
+    assert found.problems == ("row igm has learning rate 0.01, stored 0.03",)
+    assert reproduction.stored_rates(first.results)["igm"] == 0.03
 
 
 def test_what_was_made_otherwise_is_not_compared(first):

@@ -111,7 +111,11 @@ def _table(options: argparse.Namespace) -> int:
     print(f"\n{table.plain(width)}\n\nWritten: {', '.join(map(str, paths))}")
     if stored is None:
         return 0
-    found = reproduction.compare(table.results, stored.results)
+    of_stored = reproduction.stored_rates(stored.results)
+    rates.update({line.row: kept for line in lines if (kept := of_stored.get(line.row.key)) is not None})
+    records = _final([line.row for line in lines], rates, config, options, source)
+    again = tables.table(options.number, lines, records, about=about, tried=tried)
+    found = reproduction.compare(again.results, stored.results, chosen=table.results)
     print(f"\n{found.text}")
     return 1 if found.problems else 0
 

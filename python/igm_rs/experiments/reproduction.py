@@ -41,12 +41,15 @@ class Comparison:
         The largest difference of them.
     problems : tuple of str
         What does not agree; empty where the table is reproduced.
+    notes : tuple of str
+        What else is to be known.
     """
 
     exact: bool
     figures: int
     largest: float
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -59,7 +62,7 @@ class Comparison:
         )
         found = "reproduced" if not self.problems else "NOT reproduced"
         first = f"{found}: {self.figures} figures compared, largest difference {self.largest:.6f}; {how}."
-        return "\n".join([first, *(f"- {problem}" for problem in self.problems)])
+        return "\n".join([first, *(f"- {line}" for line in (*self.problems, *self.notes))])
 
 
 def same_arithmetic(one: Results, other: Results) -> bool:
@@ -69,10 +72,15 @@ def same_arithmetic(one: Results, other: Results) -> bool:
     return all(name in versions[0] and versions[0][name] == versions[1].get(name) for name in names)
 
 
-def compare(fresh: Results, stored: Results) -> Comparison:
+def stored_rates(stored: Results) -> dict[str, float]:
+    """Return the learning rate of each row, by its key, to make the runs of :func:`compare` with."""
+    return {row["key"]: row["learning_rate"] for row in stored["rows"]}
+
+
+def compare(fresh: Results, stored: Results, chosen: Results | None = None) -> Comparison:
     """Compare a table with a stored one.
 
-    Table, data set, protocol, configuration, rows and seeds must be the same. The means over seeds of accuracy, MAP and
+    Table, data set, protocol, configuration, rows, learning rates and seeds must be the same. The means over seeds of accuracy, MAP and
     macro-F1, at the chosen and at the last round, must agree
 
     - to :data:`EXACT` where torch, the processor and its instruction set are the same: one thread a run, so the same
@@ -85,6 +93,10 @@ def compare(fresh: Results, stored: Results) -> Comparison:
     ----------
     fresh, stored : mapping
         ``results`` of :class:`igm_rs.experiments.tables.Table`.
+    chosen : mapping, optional
+        The table with the learning rates that were chosen afresh, where `fresh` has the stored ones. With another
+        processor another rate may be chosen: two or three seeds leave the choice to chance where rates are alike. That
+        is told and no failure; with the same arithmetic it is one.
 
     Returns
     -------
@@ -95,6 +107,7 @@ def compare(fresh: Results, stored: Results) -> Comparison:
     exact = same_arithmetic(fresh, stored)
     if problems:
         return Comparison(exact, 0, 0.0, tuple(problems))
+    others = [] if chosen is None else list(_other_choices(chosen, stored))
     pairs = list(_pairs(fresh, stored))
     largest = 0.0
     for place, mine, theirs in pairs:
@@ -106,7 +119,9 @@ def compare(fresh: Results, stored: Results) -> Comparison:
                 f"{place}: {mine.mean:.6f}, stored {theirs.mean:.6f}, difference {difference:.6f}, "
                 f"allowed {allowed:.6f}"
             )
-    return Comparison(exact, len(pairs), largest, tuple(problems))
+    if exact:
+        return Comparison(exact, len(pairs), largest, (*others, *problems))
+    return Comparison(exact, len(pairs), largest, tuple(problems), tuple(others))
 
 
 def _other_things(fresh: Results, stored: Results) -> Iterator[str]:
@@ -124,6 +139,29 @@ def _other_things(fresh: Results, stored: Results) -> Iterator[str]:
     for key in [*seeds[0], *(key for key in seeds[1] if key not in seeds[0])]:
         if seeds[0].get(key) != seeds[1].get(key):
             yield f"row {key} has seeds {seeds[0].get(key)}, stored {seeds[1].get(key)}"
+
+    kept = stored_rates(stored)
+    for key, rate in stored_rates(fresh).items():
+        if key in kept and kept[key] != rate:
+            yield f"row {key} has learning rate {rate:g}, stored {kept[key]:g}"
+
+
+def _other_choices(chosen: Results, stored: Results) -> Iterator[str]:
+    """Tell rows for which another learning rate was chosen, with what was tried."""
+    kept = {row["key"]: row for row in stored["rows"]}
+    for row in chosen["rows"]:
+        other = kept[row["key"]]
+        if row["learning_rate"] != other["learning_rate"]:
+            yield (
+                f"row {row['key']}: learning rate {row['learning_rate']:g} was chosen ({_tried(row)}), stored is "
+                f"{other['learning_rate']:g} ({_tried(other)}); compared with the stored one"
+            )
+
+
+def _tried(row: Results) -> str:
+    """Validation accuracy by learning rate."""
+    told = [f"{entry['learning_rate']:g}: {entry['validation_accuracy']:.1%}" for entry in row["tried"]]
+    return ", ".join(told) or "nothing tuned"
 
 
 def _pairs(fresh: Results, stored: Results) -> Iterator[tuple[str, Summary, Summary]]:

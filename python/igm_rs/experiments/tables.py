@@ -42,6 +42,15 @@ REFERENCES = {"joint-concat": "joint, concat", "joint-sum": "joint, sum", "mla":
 WEIGHTS = ("chosen", "last")
 """Rounds whose weights are measured."""
 
+KEPT = (
+    *("table", "shows", "dataset", "title", "classes", "modalities", "split", "protocol", "command", "config"),
+    *("versions", "revision", "words", "rows"),
+)
+"""What the file of a table holds."""
+
+KEPT_OF_ROWS = ("key", "words", "modalities", "learning_rate", "tried", "of", "runs")
+"""What it holds of each row."""
+
 MISSING = "–"
 
 
@@ -445,11 +454,9 @@ class Table:
             results = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"table file {path} is not as expected: it is no JSON ({error})") from error
-        missing = [
-            name for name in ("table", "dataset", "rows") if not isinstance(results, dict) or name not in results
-        ]
-        if missing:
-            raise ValueError(f"table file {path} is not as expected: it has no {', '.join(missing)}")
+        _require(path, results, KEPT)
+        for row in results["rows"]:
+            _require(path, row, KEPT_OF_ROWS)
         return cls(results)
 
     @property
@@ -466,7 +473,7 @@ class Table:
         counts = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
         return [
             *([PAPER_WARNING] if results["protocol"] == "paper" else []),
-            f"Table {results['table']}, {results['title']}: {results['shows']}",
+            f"Table {results['table']}: {results['shows']}. {results['title']}",
             (
                 f"Mean ± standard deviation over {counts} seed{'s' * (max(seeds) > 1)}, in percent. {split['train']} "
                 f"examples to train on, {split['validation']} to validate, {split['test']} to test; "
@@ -573,3 +580,10 @@ class Table:
             paths.append(folder / f"{self.name}.{ending}")
             paths[-1].write_text(text, encoding="utf-8")
         return paths
+
+
+def _require(path: Path, held: Any, names: Sequence[str]) -> None:
+    """Refuse a file's mapping that lacks something."""
+    missing = [name for name in names if not isinstance(held, dict) or name not in held]
+    if missing:
+        raise ValueError(f"table file {path} is not as expected: it has no {', '.join(missing)}")
