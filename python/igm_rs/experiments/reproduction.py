@@ -18,8 +18,8 @@ EXACT = 2e-6
 FLOOR = 0.03
 """Largest difference of two means where the arithmetic is not the same, in accuracy, MAP and macro-F1: three points.
 
-Measured on ``watch``, joint training, turns and IGM, five seeds, one machine with and without its AVX2 instructions:
-single runs moved by up to 6.8 points, means of five by up to 1.6."""
+Measured on ``watch`` (joint training, turns, MLA, IGM; five seeds; one machine with and without its AVX2 instructions):
+single runs moved by up to 22 points, means of five by up to 2.9, and by 5.0 where the seeds scatter widely."""
 
 ERRORS = 2.0
 """Where seeds scatter widely, the difference may be this many standard errors of a difference of independent runs."""
@@ -80,8 +80,8 @@ def stored_rates(stored: Results) -> dict[str, float]:
 def compare(fresh: Results, stored: Results, chosen: Results | None = None) -> Comparison:
     """Compare a table with a stored one.
 
-    Table, data set, protocol, configuration, rows, learning rates and seeds must be the same. The means over seeds of accuracy, MAP and
-    macro-F1, at the chosen and at the last round, must agree
+    Table, data set, protocol, configuration, rows, learning rates and seeds must be the same. The means over seeds of
+    accuracy, MAP and macro-F1, at the chosen and at the last round, must agree
 
     - to :data:`EXACT` where torch, the processor and its instruction set are the same: one thread a run, so the same
       sums in the same order;
