@@ -16,9 +16,7 @@ def toy(folder):
     means = random.normal(size=(3, 5))
     views = {name: means[labels] + spread * random.normal(size=(COUNT, 5)) for name, spread in (("a", 2), ("b", 3))}
     place = np.arange(COUNT)
-    return DataSet.of(
-        {"a": views["a"], "b": views["b"][:, :4]}, labels, validation=place % 5 == 1, test=place % 5 == 2
-    )
+    return DataSet.of({"a": views["a"], "b": views["b"][:, :4]}, labels, validation=place % 5 == 1, test=place % 5 == 2)
 
 
 @method

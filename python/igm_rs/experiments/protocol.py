@@ -53,8 +53,8 @@ def protocol(config: Config, workers: int) -> list[str]:
         grid = ", ".join(f"{rate:g}" for rate in config.rates)
         rate = (
             f"the learning rate (of {grid}) is chosen for each row by the validation accuracy of its {CHOSEN_BY} "
-            f"fusion at its best round, mean over {len(config.tuning_seeds)} seeds that the final runs do not use; these "
-            "runs hold no test data"
+            f"fusion at its best round, mean over {len(config.tuning_seeds)} seeds that the final runs do not use; "
+            "these runs hold no test data"
         )
     else:
         rate = f"every row has learning rate {config.learning_rate:g}"

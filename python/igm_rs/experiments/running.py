@@ -238,7 +238,7 @@ def run_job(
     before: dict[str, Any] = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": 0.0}
     if resume and checkpoint.is_file():
         before = _load(checkpoint, training)
-        tell(Progress(training.done, float("nan"), None))
+        tell(Progress(training.done, training.loss, None))
     began = time.perf_counter()
 
     def save() -> None:
@@ -450,8 +450,8 @@ def run_all(
                     f"{name} {value:.1%}" for name, value in progress.accuracy.items() if name in shown
                 )
             job = left[index]
-            words = [job.row.label, f"seed {job.seed}", f"loss {progress.loss:.3f}", *filter(None, [seen.get(index)])]
-            bar.set_postfix_str(", ".join(words), refresh=False)
+            words = [job.row.label, f"seed {job.seed}", f"loss {progress.loss:.3f}", seen.get(index, "")]
+            bar.set_postfix_str(", ".join(filter(None, words)), refresh=False)
             bar.update(progress.steps)
 
         tasks = [_Task(job, folders[job], source, resume) for job in left]
@@ -621,7 +621,8 @@ def tune(
     records = run_all(jobs, out, workers, "choosing learning rates", resume=resume, source=source)
     found: dict[Row, dict[float, list[float]]] = {}
     for (row, rate, _), record in zip(grid, records, strict=True):
-        best = max(of_fusion(point["accuracy"], CHOSEN_BY) for point in record["curve"])
+        learnt = [point for point in record["curve"] if point["loss"] is not None]  # before it diverged
+        best = max((of_fusion(point["accuracy"], CHOSEN_BY) for point in learnt), default=0.0)
         found.setdefault(row, {}).setdefault(rate, []).append(best)
     choices = {}
     for row, by_rate in found.items():

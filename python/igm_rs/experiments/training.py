@@ -254,6 +254,11 @@ class Training:
         return self._curve
 
     @property
+    def loss(self) -> float:
+        """Of the last step's first pass; NaN before the first."""
+        return self._losses[-1] if self._losses else self._curve[-1]["loss"] if self._curve else math.nan
+
+    @property
     def done(self) -> int:
         """Gradient steps of all modalities so far."""
         return self._position.done
@@ -372,7 +377,7 @@ class Training:
     def _end_round(self, number: int, accuracy: dict[str, float]) -> dict[str, Any]:
         """Note the round in the curve, and its weights if it is the best so far; of equals the later one is."""
         steps = self._position.done // len(self.row.modalities)
-        point = {
+        point: dict[str, Any] = {
             "round": number,
             "steps": steps,
             "loss": sum(self._losses) / len(self._losses),
@@ -382,7 +387,7 @@ class Training:
         self._curve.append(point)
         if self._choosing is not self.data.validation:
             accuracy = self._watch(self._choosing)
-        value = of_fusion(accuracy, CHOSEN_BY)
+        value = of_fusion(accuracy, CHOSEN_BY) if math.isfinite(point["loss"]) else -math.inf
         if value >= self._chosen[1]:
             self._chosen = (number, value, copy.deepcopy(self.model.state_dict()))
         return point
