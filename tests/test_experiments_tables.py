@@ -3,11 +3,12 @@
 import csv
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from igm_rs.experiments import evaluation, grids, listing, page, plans, reproduction, tables
+from igm_rs.experiments import command, evaluation, grids, listing, page, plans, reproduction, tables
 from igm_rs.experiments.plans import Line
 
 NAMES = ("audio", "video")
@@ -589,6 +590,72 @@ def test_page_names_what_is_missing(tmp_path, spoil, error, message):
     spoil(tmp_path)
     with pytest.raises(error, match=message):
         page.page(tmp_path)
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@pytest.mark.skipif(not (RESULTS / "tables").is_dir(), reason="the repository has no stored tables")
+def test_the_page_of_the_repository_is_made_from_its_files():
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page.page(RESULTS)
+
+
+# The commands
+
+
+def test_a_table_is_made_printed_written_and_compared(tmp_path, capsys):
+    told = [
+        *("table", "3", "--data", "mfeat", "--out", str(tmp_path), "--workers", "1", "--learning-rate", "0.05"),
+        *("--steps", "6", "--turn-steps", "2", "--seeds", "2"),
+    ]
+    assert command.main(told) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip().splitlines()[0] == "Table 3: one-sided modification, turn by turn. mfeat: handwritten digits"
+    file = tmp_path / "tables" / "table-3-mfeat.json"
+    assert str(file) in printed
+    made = tables.Table.read(file)
+    assert made.plain() in printed
+    by_turn = made.grids[0]
+    assert [name for name, _ in by_turn.groups] == ["", "round 1", "round 2", "round 3"]
+    names = made.results["modalities"]
+    igm = by_turn.rows[-1]
+    for unused, row in zip(names, by_turn.rows, strict=False):
+        # up to the first turn whose T is left out; the first of all turns has none
+        same = 1 + (names.index(unused) + 1 if unused != names[-1] else len(names))
+        assert [cell.text for cell in row[1 : 1 + same]] == [cell.text for cell in igm[1 : 1 + same]]
+        assert all(cell.marked for cell in row[1 : 1 + same])
+    assert command.main([*told, "--compare", str(file)]) == 0
+    assert "reproduced: " in capsys.readouterr().out
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(shifted(made, 0.01)))
+    assert command.main([*told, "--compare", str(other)]) == 1
+    assert "NOT reproduced: " in capsys.readouterr().out
+
+
+def test_a_table_of_the_papers_protocol_says_so_first(tmp_path, capsys):
+    told = [
+        *("table", "1", "--methods", "turns", "mla", "--data", "mfeat", "--out", str(tmp_path), "--workers", "1"),
+        *("--learning-rate", "0.05", "--steps", "2", "--turn-steps", "1", "--seeds", "1", "--protocol", "paper"),
+    ]
+    assert command.main(told) == 0
+    assert capsys.readouterr().out.strip().splitlines()[0] == tables.PAPER_WARNING
+    text = (tmp_path / "tables" / "table-1-mfeat.md").read_text(encoding="utf-8")
+    assert text.splitlines()[0] == f"**{tables.PAPER_WARNING}**"
+    assert "--protocol paper" in text.split("Made by `")[1].splitlines()[0]
+
+
+def test_the_page_is_a_command(tmp_path, capsys):
+    stored(tmp_path)
+    assert command.main(["page", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == page.page(tmp_path)
+    (tmp_path / "findings.md").unlink()
+    assert command.main(["page", "--out", str(tmp_path)]) == 1
+    assert "findings.md does not exist, expected the findings in words" in capsys.readouterr().err
+
+
+def test_the_list_is_a_command(capsys):
+    assert command.main(["list"]) == 0
+    assert capsys.readouterr().out.strip() == listing.listing()
 
 
 # Listing
