@@ -577,6 +577,8 @@ def _start_worker(told: Queue[Told], stop: Event) -> None:
 def _run_in_worker(index: int, task: _Task) -> RunRecord | None:
     """Do a run in a process of the pool."""
     told, stop = _worker
+    if stop.is_set():  # the pool had it at hand already
+        return None
     return task.do(lambda progress: told.put((index, replace(progress, point=None))), stop.is_set)
 
 
@@ -596,7 +598,7 @@ def tune(
     """Choose the learning rate of each row on validation, with seeds that no final run has and no test split at hand.
 
     Every row gets the same budget and the same grid. A rate's figure is the validation accuracy of the mean fusion at
-    its best round, mean over the tuning seeds. What was tried is kept in ``tuning`` in the folder of results.
+    its best round, mean over the tuning seeds; 0 where training diverged. What was tried is kept in ``tuning`` in the folder of results.
 
     Parameters
     ----------
@@ -621,8 +623,8 @@ def tune(
     records = run_all(jobs, out, workers, "choosing learning rates", resume=resume, source=source)
     found: dict[Row, dict[float, list[float]]] = {}
     for (row, rate, _), record in zip(grid, records, strict=True):
-        learnt = [point for point in record["curve"] if point["loss"] is not None]  # before it diverged
-        best = max((of_fusion(point["accuracy"], CHOSEN_BY) for point in learnt), default=0.0)
+        diverged = any(point["loss"] is None for point in record["curve"])
+        best = 0.0 if diverged else max(of_fusion(point["accuracy"], CHOSEN_BY) for point in record["curve"])
         found.setdefault(row, {}).setdefault(rate, []).append(best)
     choices = {}
     for row, by_rate in found.items():
