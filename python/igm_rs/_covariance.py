@@ -73,10 +73,11 @@ class Covariance:
         if kept is not None and rows.dtype != kept.dtype:  # loaded from a run on another device
             rows = rows.to(kept.dtype)
         held_as_rows = self.only_rows or (self.matrix is None and self.used + n < self.d)
-        if self.buffer is None or self.used + n > self.capacity:
-            self._make_room(n, rows, held_as_rows)
+        buffer = self.buffer
+        if buffer is None or self.used + n > self.capacity:
+            buffer = self._longer(n, rows, held_as_rows)
         before = self.used
-        self.used, left_out = _igm_rs.append_rows_(self.buffer, before, rows)
+        self.used, left_out = _igm_rs.append_rows_(buffer, before, rows)
         if isinstance(left_out, int):
             self.count += self.used - before
             if left_out:
@@ -178,8 +179,8 @@ class Covariance:
         self.used = self.capacity = self.summed = 0 if self.buffer is None else self.buffer.shape[0]
         self.count, self.left_out = state["count"], state["left_out"]
 
-    def _make_room(self, n: int, like: torch.Tensor, held_as_rows: bool) -> None:
-        """Have room for `n` more rows: a longer buffer while only rows are held, else by adding them to Ȳ first."""
+    def _longer(self, n: int, like: torch.Tensor, held_as_rows: bool) -> torch.Tensor:
+        """Return a buffer with room for `n` more rows; where more than rows are held, those that it has may go to Ȳ first."""
         if held_as_rows:
             most = None if self.only_rows else self.d
         else:
@@ -195,6 +196,7 @@ class Covariance:
         if rows is not None:
             buffer[: self.used].copy_(rows)
         self.buffer, self.capacity = buffer, capacity
+        return buffer
 
 
 class Turns:
