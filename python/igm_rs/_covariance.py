@@ -180,7 +180,7 @@ class Covariance:
         self.count, self.left_out = state["count"], state["left_out"]
 
     def _longer(self, n: int, like: torch.Tensor, held_as_rows: bool) -> torch.Tensor:
-        """Return a buffer with room for `n` more rows; where more than rows are held, those that it has may go to Ȳ first."""
+        """Return a buffer with room for `n` more rows; where not only rows are held, it may first be emptied into Ȳ."""
         if held_as_rows:
             most = None if self.only_rows else self.d
         else:
