@@ -47,21 +47,25 @@ def _turn(widths: list[int], limit: float, setting: Setting) -> Comparison:
                 covariance.add(_igm_rs.batch_rows(features, "mean"))
         return covariances
 
+    def needed() -> list[torch.Tensor | None]:
+        """What T is made of: the rows where there are fewer than d, else Ȳ as a matrix."""
+        return [one.rows if one.matrix is None and one.used < one.d else one.value() for one in gathered()]
+
     shown = "-".join(map(str, widths))
     moved = sum(setting.batches * d * d * 16 for d in widths)
     return Comparison(
         f"Ȳ of a turn, {'head ' if len(widths) > 1 else 'd = '}{shown}",
         {
-            GATHERED: gathered,
+            GATHERED: needed,
             MATRIX: lambda: [covariance.value() for covariance in gathered()],
             PEER: lambda: [released_covariance(of_layer) for of_layer in batches],
         },
         [Ratio(GATHERED, PEER, "≥", limit), Ratio(MATRIX, PEER, "≥")],
         lambda: (
             f"{setting.batches} batches of {setting.batch}. While there are fewer rows than d only the rows are kept, "
-            f"as T is made from them; else one product serves up to 512 batches. The peer moves {moved / 1e9:.3g} GB: "
-            "it writes each outer product, reads it again, reads and writes the sum. Ours reads the features and "
-            "writes their means"
+            "as T is made from them; else one product serves up to 1024 batches, and Ȳ is a matrix. The peer moves "
+            f"{moved / 1e9:.3g} GB: it writes each outer product, reads it again, reads and writes the sum. Ours reads "
+            "the features and writes their means"
         ),
         blocks=3 if max(widths) > 4000 else 4,
         warm=max(widths) < 4000,

@@ -748,8 +748,15 @@ where
     };
     let n = i64::try_from(chunks)
         .map_err(|_| Error::value("tensors", chunks, "fewer than 2^63 chunks"))?;
-    // SAFETY: `work::<T, F>` gets the `Work<T, F>` it expects; `shared` and `results` outlive the call.
-    call(|error| unsafe { igm_parallel_for(n, work::<T, F>, (&raw mut shared).cast(), error) })?;
+    if n <= 1 {
+        // SAFETY: as below; one chunk is done by this thread, which saves asking for others.
+        unsafe { work::<T, F>((&raw mut shared).cast(), 0, n) };
+    } else {
+        // SAFETY: `work::<T, F>` gets the `Work<T, F>` it expects; `shared` and `results` outlive the call.
+        call(|error| unsafe {
+            igm_parallel_for(n, work::<T, F>, (&raw mut shared).cast(), error)
+        })?;
+    }
     Ok(results)
 }
 

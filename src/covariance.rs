@@ -4,6 +4,9 @@ use tch::{Kind, Tensor};
 
 use crate::aten::{self, Info};
 use crate::error::{Error, Result};
+use crate::means::batch_mean;
+use crate::passes::mirror_;
+use crate::polynomial::band;
 
 /// The dtype that rows, sums and covariances are kept in: float64 on the CPU, elsewhere at least float32.
 pub fn working_kind(info: &Info) -> Kind {
@@ -99,9 +102,14 @@ pub fn batch_rows(features: &Tensor, reduce: Reduce, augment: bool) -> Result<Te
         return Ok(Tensor::f_empty([0, width], (kind, info.home()))?);
     }
     let rows = match reduce {
-        Reduce::Mean => features
-            .f_mean_dim([0_i64].as_slice(), false, kind)?
-            .f_reshape([info.numel / (batch * d), d])?,
+        Reduce::Mean => {
+            let mean = batch_mean(features, &info, kind)?;
+            if info.dim == 2 {
+                mean
+            } else {
+                mean.f_reshape([info.numel / (batch * d), d])?
+            }
+        }
         Reduce::Samples if augment => features.f_reshape([info.numel / d, d])?,
         Reduce::Samples => {
             return Ok(features
@@ -117,11 +125,19 @@ pub fn batch_rows(features: &Tensor, reduce: Reduce, augment: bool) -> Result<Te
     Ok(augmented)
 }
 
+/// How many rows were left out.
+pub enum LeftOut {
+    /// On the CPU.
+    Counted(i64),
+    /// Elsewhere: a number on the device, for which nobody has to wait.
+    Told(Tensor),
+}
+
 /// Copies the finite rows behind the `used` ones; returns the new number of used rows and how many were left out.
 ///
 /// On the CPU rows with an infinite or undefined entry are dropped; elsewhere they become zeros, which add nothing to Ȳ, so that nobody
 /// has to wait for the device.
-pub fn append_rows_(buffer: &Tensor, used: i64, rows: &Tensor) -> Result<(i64, Tensor)> {
+pub fn append_rows_(buffer: &Tensor, used: i64, rows: &Tensor) -> Result<(i64, LeftOut)> {
     let room = aten::matrix("buffer", buffer)?;
     check_working("buffer", &room)?;
     aten::unshared("buffer", &room)?;
@@ -158,13 +174,12 @@ pub fn append_rows_(buffer: &Tensor, used: i64, rows: &Tensor) -> Result<(i64, T
     }
     if info.is_cpu() {
         let count = append_finite(buffer, used, rows, &info)?;
-        let left_out = Tensor::f_from_slice(&[n - count])?.f_squeeze()?;
-        return Ok((used + count, left_out));
+        return Ok((used + count, LeftOut::Counted(n - count)));
     }
     let unsound = rows.f_isfinite()?.f_all_dim(1, true)?.f_logical_not()?;
     let kept = rows.f_masked_fill(&unsound, 0.0)?;
     buffer.f_narrow(0, used, n)?.f_copy_(&kept)?;
-    Ok((used + n, unsound.f_sum(Kind::Int64)?))
+    Ok((used + n, LeftOut::Told(unsound.f_sum(Kind::Int64)?)))
 }
 
 /// Copies the finite rows, float64 on the CPU, behind the `used` ones; returns how many they are.
@@ -230,7 +245,23 @@ pub fn accumulate_(covariance: &mut Tensor, rows: &Tensor) -> Result<()> {
     if other.sizes[0] == 0 {
         return Ok(());
     }
-    if info.dim == 2 {
+    let band = band(d);
+    if info.dim == 2 && info.is_cpu() && band < d {
+        // RᵀR is symmetric: the blocks up to the diagonal are computed, the rest is their mirror image
+        let mut start = 0;
+        while start < d {
+            let size = band.min(d - start);
+            let mut lower = covariance
+                .f_narrow(0, start, size)?
+                .f_narrow(1, 0, start + size)?;
+            let _in_place = lower.f_addmm_(
+                &rows.f_narrow(1, start, size)?.f_tr()?,
+                &rows.f_narrow(1, 0, start + size)?,
+            )?;
+            start += size;
+        }
+        mirror_(covariance)?;
+    } else if info.dim == 2 {
         let _in_place = covariance.f_addmm_(&rows.f_tr()?, rows)?;
     } else {
         let apart = rows.f_reshape([-1, groups, d])?.f_transpose(0, 1)?;

@@ -5,6 +5,7 @@ mod aten;
 mod covariance;
 mod error;
 mod filters;
+mod means;
 mod modify;
 mod passes;
 mod polynomial;

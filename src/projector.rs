@@ -153,8 +153,9 @@ fn rounding(d: i64, wanted: Kind) -> f64 {
 /// Steps that Lanczos's method may take for the dominant direction.
 const MOST_STEPS: i64 = 40;
 
-/// A spread below this part of λ_max is narrow.
-const NARROW: f64 = 1e-3;
+/// A spread below this part of λ_max is narrow: rounding of λ grows by its inverse in Eq. (4), and would carry a polynomial out of
+/// [e^−τ, 1]. Eigenvalues cannot leave it, so that such a spectrum is decomposed.
+const NARROW: f64 = 1e-2;
 
 /// Steps for the norm of what is left.
 const NORM_STEPS: i64 = 12;
@@ -531,15 +532,14 @@ impl Job<'_> {
             return Ok(None); // many products in float64: a decomposition is as good
         }
         let spread = high - low;
+        if spread < NARROW * high {
+            return Ok(None);
+        }
         let values = Tensor::f_from_slice(&[high, low])?.f_to_dtype_layout(
             (self.kind, info.home()),
             false,
             false,
         )?;
-        if spread <= real(d) * epsilon(self.kind) * high {
-            let report = self.report(route, flops, 0.0, trace);
-            return Ok(Some((self.identity()?, values, report)));
-        }
         let rate = tau / spread;
         let exponent = rate * split.bounds.1 * split.unit;
         let reach = exponent * epsilon(split.kind) * (4.0 + real(d).sqrt())

@@ -5,6 +5,7 @@ use tch::Tensor;
 use crate::aten::{self, Span};
 use crate::covariance::{working_kind, Reduce};
 use crate::error::{Error, Result};
+use crate::means::batch_mean;
 
 /// How a convolution looks at its input; one entry for each spatial dimension.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -147,7 +148,11 @@ pub fn conv_rows(
         return Ok(Tensor::f_empty([0, width], (kind, info.home()))?);
     }
     let seen = match reduce {
-        Reduce::Mean => features.f_mean_dim([0_i64].as_slice(), true, kind)?,
+        Reduce::Mean => {
+            let mut one = sizes.clone();
+            one[0] = 1;
+            batch_mean(features, &info, kind)?.f_reshape(one)?
+        }
         Reduce::Samples => features.f_to_kind(kind)?,
     };
     let seen = geometry.pad(seen)?;

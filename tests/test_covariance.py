@@ -85,6 +85,16 @@ def test_batch_rows_are_new_and_outside_autograd(device, reduce, shape):
     assert torch.equal(features, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1023), (5, 1024), (4, 1025), (2, 3, 700), (3, 40_000), (2, 9, 5000)])
+def test_batch_rows_of_any_width(device, dtype, shape):
+    # Wide rows are summed in pieces, the widest by several threads.
+    features = torch.randn(shape, device=device).to(dtype)
+    near(rust.batch_rows(features, "mean"), paper.batch_rows(features, "mean"))
+    whole = torch.stack([features, features])
+    near(rust.batch_rows(whole[:, 1:], "mean"), paper.batch_rows(whole[:, 1:], "mean"))
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (0, 2, 3)])
 def test_batch_rows_of_an_empty_batch(device, shape):
     for reduce in ("mean", "samples"):
@@ -111,10 +121,10 @@ def test_append_rows_by_hand(device):
     buffer = w(*[[9.0, 9]] * 5, device=device)
     place = buffer.data_ptr()
     used, left_out = rust.append_rows_(buffer, 1, w([1, 2], [3, 4], device=device))
-    assert (used, left_out.item()) == (3, 0)
+    assert (used, int(left_out)) == (3, 0)
     assert buffer.tolist() == [[9, 9], [1, 2], [3, 4], [9, 9], [9, 9]]
     used, left_out = rust.append_rows_(buffer=buffer, used=used, rows=w([5, 6], [7, 8], device=device))
-    assert (used, left_out.item()) == (5, 0)
+    assert (used, int(left_out)) == (5, 0)
     assert buffer.tolist() == [[9, 9], [1, 2], [3, 4], [5, 6], [7, 8]]
     assert buffer.data_ptr() == place
 
@@ -124,14 +134,13 @@ def test_append_rows_leaves_non_finite_rows_out(device):
     rows = w([1, 2], [NAN, 0], [3, 4], [INF, 1], [0, -INF], device=device)
     kept = rows.clone()
     used, left_out = rust.append_rows_(buffer, 0, rows)
-    assert left_out.dtype == torch.int64
-    assert left_out.ndim == 0
-    assert left_out.device.type == device.type
-    assert left_out.item() == 3
+    assert int(left_out) == 3
     if device.type == "cpu":  # dropped
+        assert isinstance(left_out, int)
         assert used == 2
         assert buffer.tolist() == [[1, 2], [3, 4]] + [[9, 9]] * 4
     else:  # zeros, which add nothing to Ȳ, so that nothing waits for the device
+        assert (left_out.dtype, left_out.ndim, left_out.device.type) == (torch.int64, 0, device.type)
         assert used == 5
         assert buffer.tolist() == [[1, 2], [0, 0], [3, 4], [0, 0], [0, 0], [9, 9]]
     assert torch.equal(rows.nan_to_num(), kept.nan_to_num())
@@ -140,7 +149,7 @@ def test_append_rows_leaves_non_finite_rows_out(device):
 def test_append_nothing_changes_nothing(device):
     buffer = w([1, 2], device=device)
     used, left_out = rust.append_rows_(buffer, 1, buffer.new_zeros(0, 2))
-    assert (used, left_out.item()) == (1, 0)
+    assert (used, int(left_out)) == (1, 0)
     assert buffer.tolist() == [[1, 2]]
 
 
@@ -160,7 +169,7 @@ def test_appended_rows_are_the_finite_ones_in_order(counts, bad):
     buffer, used, out = torch.zeros(20, 3, dtype=torch.float64), 0, 0
     for batch in batches:
         used, left_out = rust.append_rows_(buffer, used, batch)
-        out += left_out.item()
+        out += int(left_out)
     everything = torch.cat([*batches, torch.zeros(0, 3, dtype=torch.float64)])
     finite = everything[everything.isfinite().all(dim=1)]
     assert used == len(finite)
@@ -207,6 +216,21 @@ def test_accumulate_agrees_with_the_reference(device, dtype, d, counts, scale):
     expected = paper.cumulative_covariance(torch.cat([*rows, torch.zeros(0, d, dtype=torch.float64)]))
     # The reference adds one outer product after the other: the sums differ by round-off of the terms.
     near(covariance, expected)
+
+
+@pytest.mark.parametrize("d", [255, 256, 257, 385, 600])
+def test_wide_products_are_exactly_symmetric(device, d):
+    # From 256 columns on only bands up to the diagonal are computed, the rest is mirrored.
+    covariance = torch.zeros(2 * d, 2 * d, dtype=working(torch.float64, device), device=device)[::2, ::2]
+    whole = covariance.clone()
+    rows = torch.randn(2, 40, d, dtype=torch.float64)
+    for batch in rows:
+        rust.accumulate_(covariance, batch.to(covariance))
+        rust.accumulate_(whole, batch.to(whole))
+    expected = paper.cumulative_covariance(rows.flatten(0, 1))
+    for found in (covariance, whole):
+        near(found, expected)
+        assert torch.equal(found, found.T) or d < 256
 
 
 def test_accumulate_takes_nothing_and_any_memory_layout(device):
@@ -384,3 +408,75 @@ def test_centred_rows_that_are_all_the_same_have_no_spread():
     assert torch.equal(covariance.value(centred=True), torch.zeros(3, 3, dtype=torch.float64))
     covariance.add(rows[:1] + 1e-3)
     assert covariance.value(centred=True).trace() > 1e-7
+
+
+@given(
+    d=st.integers(1, 6),
+    groups=st.sampled_from([1, 3]),
+    only_rows=st.booleans(),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), st.sampled_from([0, 1, 2, 5, 40, 1100]), st.booleans()),
+            st.tuples(st.just("decay"), st.sampled_from([0.5, 0.9]), st.just(False)),
+            st.tuples(st.sampled_from(["flush", "save", "merge", "merge into"]), st.just(3), st.just(False)),
+        ),
+        max_size=9,
+    ),
+    seed=st.integers(0, 99),
+)
+def test_covariance_is_the_sum_of_what_has_been_added(d, groups, only_rows, steps, seed):
+    """Whatever is buffered, flushed, decayed, merged or saved between: Ȳ, its centred form, the sum and the counts."""
+    generator = torch.Generator().manual_seed(seed)
+    width = groups * d
+
+    def drawn(n):
+        return torch.randn(n, width, dtype=torch.float64, generator=generator) + 1
+
+    covariance = Covariance(d, groups=groups, only_rows=only_rows)
+    rows, weights, left_out = torch.zeros(0, width, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), 0
+    for what, amount, spoilt in steps:
+        if what == "add":
+            new = drawn(amount)
+            if spoilt and amount:
+                new[-1, 0] = NAN
+                left_out += 1
+            covariance.add(new)
+            new = new[new.isfinite().all(1)]
+            rows, weights = torch.cat([rows, new]), torch.cat([weights, torch.ones(len(new), dtype=torch.float64)])
+        elif what == "decay":
+            covariance.decay(amount)
+            weights = weights * amount
+        elif what == "flush":
+            covariance.flush()
+        elif what == "save":
+            state = covariance.state()
+            covariance = Covariance(d, groups=groups, only_rows=only_rows)
+            covariance.load(state, torch.device("cpu"))
+        else:
+            other = Covariance(d, groups=groups, only_rows=only_rows)
+            new = drawn(amount)
+            other.add(new)
+            before = dict(vars(other))
+            if what == "merge":
+                covariance.merge(other)
+                assert vars(other) == before  # the same objects
+            else:
+                other.merge(covariance)
+                covariance = other
+            rows, weights = torch.cat([rows, new]), torch.cat([weights, torch.ones(amount, dtype=torch.float64)])
+    assert bool(covariance) == bool(len(rows))
+    assert (covariance.count, covariance.left_out) == (pytest.approx(weights.sum().item()), left_out)
+    if not len(rows):
+        assert covariance.value() is None
+        return
+    total = (weights[:, None] * rows).sum(0)
+    near(covariance.sum(), total)
+    apart = rows.view(len(rows), groups, d).transpose(0, 1)
+    expected = (apart.mT * weights) @ apart
+    shaped = expected[0] if groups == 1 else expected
+    near(covariance.value(), shaped)
+    mean = total.view(groups, d, 1) / weights.sum()
+    centred = expected - weights.sum() * mean @ mean.mT
+    size = expected.abs().max()
+    found = covariance.value(centred=True).view(groups, d, d)
+    torch.testing.assert_close(found / size, centred / size, rtol=0, atol=1e-12)

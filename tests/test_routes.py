@@ -319,6 +319,22 @@ def test_flat_spectrum_in_a_random_basis_gives_the_identity(device, route, d):
     assert torch.equal(projector, torch.eye(d, dtype=F64))
 
 
+@pytest.mark.parametrize("route", DENSE)
+@pytest.mark.parametrize("width", [3e-16, 1e-15, 1e-12, 1e-9, 1e-6, 1e-4, 1e-3, 9e-3, 0.02])
+@pytest.mark.parametrize("d", [2, 6, 12])
+def test_rounding_of_a_narrow_spectrum_does_not_carry_t_out_of_its_bounds(device, route, width, d):
+    # τ/(λ_max − λ_min) times a rounding of λ is no small number here: what a polynomial would make of it is no T.
+    for seed in range(8):
+        lambdas = 1 - width * torch.rand(d, dtype=F64, generator=torch.Generator().manual_seed(seed))
+        for tau in (0.625, 10.0):
+            projector, _, report = make(with_spectrum(lambdas, seed).to(device), "flat", tau, route=route)
+            eigenvalues = torch.linalg.eigvalsh(projector)
+            assert eigenvalues.min() >= math.exp(-tau) - 1e-12
+            assert eigenvalues.max() <= 1 + 1e-12
+            if width < 1e-2 and route == "polynomial":
+                assert report["route"] == "eigh"  # told as it is
+
+
 # -- what must not matter, and what must be told ----------------------------------------------------------------------
 
 

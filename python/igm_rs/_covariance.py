@@ -12,9 +12,9 @@ from . import _igm_rs
 __all__ = ["Covariance", "Turns"]
 
 _FEWEST = 16
-"""Rows that a buffer is made for at first; it doubles from there."""
+"""Rows that a buffer is made for at first; it becomes four times as long, but no longer than is needed to the last."""
 
-_MOST = 512
+_MOST = 1024
 """Rows gathered before one product adds them to Ȳ, once Ȳ is kept as a matrix."""
 
 
@@ -37,8 +37,11 @@ class Covariance:
         self.only_rows = only_rows
         self.matrix: torch.Tensor | None = None
         self.buffer: torch.Tensor | None = None
+        self.capacity = 0
         self.used = 0
         self.total: torch.Tensor | None = None
+        """Sum of all rows but those in the buffer from `summed` on: nobody needs it at every batch."""
+        self.summed = 0
         self.count: torch.Tensor | float = 0.0
         self.left_out: torch.Tensor | int = 0
 
@@ -50,29 +53,38 @@ class Covariance:
         """The buffered rows, (used, G·d), a view; None where there are none."""
         return None if self.buffer is None or not self.used else self.buffer[: self.used]
 
+    def sum(self) -> torch.Tensor | None:
+        """The sum of all rows, (G·d,), which centring needs beside Ȳ; None where there have been none."""
+        if self.buffer is None or self.summed == self.used:
+            return self.total
+        if self.total is None:
+            total = torch.zeros(self.groups * self.d, dtype=self.buffer.dtype, device=self.buffer.device)
+        else:
+            total = self.total.clone()
+        _igm_rs.add_rows_(total, self.buffer[self.summed : self.used])
+        return total
+
     def add(self, rows: torch.Tensor) -> None:
         """Append `rows` (n, G·d); rows with a NaN or an infinity are left out and counted."""
         n = rows.shape[0]
         if not n:
             return
-        if self.total is not None and rows.dtype != self.total.dtype:  # loaded from a run on another device
-            rows = rows.to(self.total.dtype)
+        kept = self.matrix if self.buffer is None else self.buffer
+        if kept is not None and rows.dtype != kept.dtype:  # loaded from a run on another device
+            rows = rows.to(kept.dtype)
         held_as_rows = self.only_rows or (self.matrix is None and self.used + n < self.d)
-        self._make_room(n, rows, self.used + n if held_as_rows else max(_MOST, n))
-        if self.buffer is None:
-            return
+        buffer = self.buffer
+        if buffer is None or self.used + n > self.capacity:
+            buffer = self._longer(n, rows, held_as_rows)
         before = self.used
-        self.used, left_out = _igm_rs.append_rows_(self.buffer, self.used, rows)
-        on_cpu = left_out.device.type == "cpu"  # elsewhere nobody waits for the number
-        self.left_out = self.left_out + (int(left_out) if on_cpu else left_out)
-        added = self.buffer[before : self.used]
-        if self.total is None:
-            total = torch.zeros(self.groups * self.d, dtype=self.buffer.dtype, device=self.buffer.device)
-        else:
-            total = self.total.clone()
-        _igm_rs.add_rows_(total, added)
-        self.total = total
-        self.count = self.count + (self.used - before) - (0 if on_cpu else left_out)
+        self.used, left_out = _igm_rs.append_rows_(buffer, before, rows)
+        if isinstance(left_out, int):
+            self.count += self.used - before
+            if left_out:
+                self.left_out += left_out
+        else:  # a number on the device, for which nobody waits
+            self.count = self.count + (self.used - before) - left_out
+            self.left_out = self.left_out + left_out
         if not held_as_rows and self.used >= _MOST:
             self.flush()
 
@@ -87,34 +99,36 @@ class Covariance:
         else:
             matrix = self.matrix.clone()
         _igm_rs.accumulate_(matrix, rows)
-        self.matrix, self.buffer, self.used = matrix, None, 0
+        self.total = self.sum()
+        self.matrix, self.buffer, self.capacity, self.used, self.summed = matrix, None, 0, 0, 0
 
     def merge(self, other: Covariance) -> None:
         """Add everything that `other` holds."""
         left_out, count = self.left_out, self.count
-        total = self.total
+        total, more = self.sum(), other.sum()
         if other.matrix is not None:
             self.flush()
             self.matrix = other.matrix if self.matrix is None else self.matrix + other.matrix
         if other.rows is not None:
             self.add(other.rows)
-        if other.total is not None:
-            total = other.total if total is None else total + other.total
-        self.total = total
+        self.total = total if more is None else more if total is None else total + more
+        self.summed = self.used
         self.count = count + other.count
         self.left_out = left_out + other.left_out
 
     def decay(self, factor: float) -> None:
         """Ȳ ← factor · Ȳ, that is each row times √factor."""
+        total = self.sum()
         if self.matrix is not None:
             self.matrix = self.matrix.clone()
             _igm_rs.decay_([self.matrix], factor)
         if self.rows is not None:
-            self.buffer = self.rows.clone()
+            self.buffer, self.capacity = self.rows.clone(), self.used
             _igm_rs.decay_([self.buffer], factor**0.5)
-        if self.total is not None:
-            self.total = self.total.clone()
+        if total is not None:
+            self.total = total.clone()
             _igm_rs.decay_([self.total], factor)
+        self.summed = self.used
         self.count = self.count * factor
 
     def value(self, *, centred: bool = False) -> torch.Tensor | None:
@@ -122,13 +136,14 @@ class Covariance:
         if not self:
             return None
         result = Covariance(self.d, groups=self.groups)
-        result.matrix, result.buffer, result.used = self.matrix, self.buffer, self.used
+        result.matrix, result.buffer, result.used, result.summed = self.matrix, self.buffer, self.used, self.used
         result.flush()
         if result.matrix is not None and result.matrix is self.matrix:
             result.matrix = self.matrix.clone()
-        if centred and result.matrix is not None and self.total is not None and float(self.count) > 0:
+        total = self.sum() if centred else None
+        if result.matrix is not None and total is not None and float(self.count) > 0:
             trace = result.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-            _igm_rs.centre_(result.matrix, self.total, float(self.count))
+            _igm_rs.centre_(result.matrix, total, float(self.count))
             left = result.matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
             same = left <= self.d * torch.finfo(result.matrix.dtype).eps * trace  # rows that are all the same
             result.matrix.masked_fill_(same[..., None, None], 0.0)
@@ -142,10 +157,11 @@ class Covariance:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a state dict."""
+        total = self.sum()
         return {
             "rows": None if self.rows is None else self.rows.clone(),
             "matrix": None if self.matrix is None else self.matrix.clone(),
-            "total": None if self.total is None else self.total.clone(),
+            "total": None if total is None else total.clone(),
             "count": float(self.count),
             "left_out": int(self.left_out),
         }
@@ -160,23 +176,27 @@ class Covariance:
 
         self.matrix, self.total = copied(state["matrix"]), copied(state["total"])
         self.buffer = copied(state["rows"])
-        self.used = 0 if self.buffer is None else self.buffer.shape[0]
+        self.used = self.capacity = self.summed = 0 if self.buffer is None else self.buffer.shape[0]
         self.count, self.left_out = state["count"], state["left_out"]
 
-    def _make_room(self, n: int, like: torch.Tensor, wanted: int) -> None:
-        """Have room for `n` more rows: a longer buffer while only rows are held, else by adding them to Ȳ first."""
-        if self.buffer is not None and self.used + n <= self.buffer.shape[0]:
-            return
-        if wanted < self.used + n:
-            self.flush()
-        capacity = _FEWEST
-        while capacity < wanted:
-            capacity *= 2
+    def _longer(self, n: int, like: torch.Tensor, held_as_rows: bool) -> torch.Tensor:
+        """Return a buffer with room for `n` more rows; where not only rows are held, it may first be emptied into Ȳ."""
+        if held_as_rows:
+            most = None if self.only_rows else self.d
+        else:
+            most = max(_MOST, n)
+            if self.used + n > most:
+                self.flush()
+        needed = self.used + n
+        capacity = max(needed, _FEWEST, 4 * self.capacity)
+        if most is not None:
+            capacity = max(needed, min(capacity, most))
         buffer = torch.empty(capacity, self.groups * self.d, dtype=like.dtype, device=like.device)
         rows = self.rows
         if rows is not None:
             buffer[: self.used].copy_(rows)
-        self.buffer = buffer
+        self.buffer, self.capacity = buffer, capacity
+        return buffer
 
 
 class Turns:

@@ -61,7 +61,7 @@ def conv_rows(
 ) -> torch.Tensor:
     """Make the rows by which a convolution's batch enters the covariance: the patches that its kernel sees."""
 
-def append_rows_(buffer: torch.Tensor, used: int, rows: torch.Tensor) -> tuple[int, torch.Tensor]:
+def append_rows_(buffer: torch.Tensor, used: int, rows: torch.Tensor) -> tuple[int, int | torch.Tensor]:
     """Copy the finite rows into a buffer, behind those that it holds; `buffer` is changed."""
 
 def accumulate_(covariance: torch.Tensor, rows: torch.Tensor) -> None:

@@ -120,7 +120,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         How T is computed. "auto": from the rows where there are fewer than d (Gram), kept in factored form where that
         is cheaper; else, for a flat float32 T of d ≥ 160, by a polynomial of Ȳ without its dominant direction where few
         products suffice; else by eigendecomposition. "gram": from the rows where there are fewer than d, else "eigh".
-        Layers of several groups are decomposed. ``last_stats["routes"]`` tells.
+        Layers of several groups are decomposed, and with "polynomial" spectra with λ_max − λ_min below 1 % of λ_max,
+        of which a polynomial would enlarge the rounding. ``last_stats["routes"]`` tells.
     reset : subset of {"momentum", "lr"}
         What starts anew with each turn: the base's state of the moving parameters; the lr of construction.
     alpha : float, optional

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 
 use super::{released, In, Ins, Out};
 use crate::aten;
-use crate::covariance::{self, Reduce};
+use crate::covariance::{self, LeftOut, Reduce};
 use crate::unfold::{self, Geometry};
 
 /// Make the rows by which a batch enters the covariance: its mean over the batch, or every sample.
@@ -125,9 +125,9 @@ pub fn conv_rows(
 /// -------
 /// used : int
 ///     Number of rows that `buffer` holds now.
-/// left_out : torch.Tensor
-///     0-dim int64 tensor on the same device: how many rows were infinite or undefined somewhere. On the CPU they are dropped; elsewhere
-///     they are written as zeros, which add nothing to a covariance, so that nothing waits for the device.
+/// left_out : int or torch.Tensor
+///     How many rows were infinite or undefined somewhere. On the CPU a number, and they are dropped; elsewhere a 0-dim int64 tensor on the
+///     device, and they are written as zeros, which add nothing to a covariance, so that nothing waits for the device.
 ///
 /// Raises
 /// ------
@@ -139,10 +139,19 @@ pub fn conv_rows(
 /// Eq. (2).
 #[pyfunction]
 #[pyo3(signature = (buffer, used, rows))]
-pub fn append_rows_(buffer: In, used: i64, rows: In) -> PyResult<(i64, Out)> {
+pub fn append_rows_(
+    py: Python<'_>,
+    buffer: In,
+    used: i64,
+    rows: In,
+) -> PyResult<(i64, Bound<'_, PyAny>)> {
     let _plain = aten::plain();
     let (used, left_out) = covariance::append_rows_(&buffer.0, used, &rows.0)?;
-    Ok((used, Out(left_out)))
+    let left_out = match left_out {
+        LeftOut::Counted(number) => number.into_pyobject(py)?.into_any(),
+        LeftOut::Told(number) => Out(number).into_pyobject(py)?,
+    };
+    Ok((used, left_out))
 }
 
 /// Add the outer products of rows to a covariance, which is changed: covariance += rows.T @ rows.

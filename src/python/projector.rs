@@ -150,7 +150,8 @@ fn made<'py>(
 ///     tau >= 0; alpha > 0; a >= 1. Dimensionless.
 /// route : {"auto", "svd", "eigh", "polynomial"}
 ///     By the singular value decomposition of Eq. (3), by eigendecomposition, or, the flat projector alone, by a polynomial of the
-///     covariance without its dominant direction. "auto": a polynomial for a flat float32 T of d >= 160 where few products suffice.
+///     covariance without its dominant direction (by eigendecomposition, as `report` tells, where max(L) - min(L) is below 1 % of max(L),
+///     of which a polynomial would enlarge the rounding). "auto": a polynomial for a flat float32 T of d >= 160 where few products suffice.
 /// dtype : {"float32", "float64"} or None
 ///     dtype of T; None: that of `covariance`.
 /// scalar : bool
