@@ -23,7 +23,7 @@ from .networks import Branches
 
 __all__ = ["CHOSEN_BY", "Progress", "Stopped", "Trained", "Training", "batch_stream", "turns_of"]
 
-CHOSEN_BY = "mean"
+CHOSEN_BY = "sum"
 """The fusion whose accuracy chooses round and learning rate; a modality alone and a joint head have one prediction."""
 
 Active = tuple[str, ...]
