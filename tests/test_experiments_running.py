@@ -84,7 +84,7 @@ def test_a_record_has_everything(tmp_path, capsys):
     assert not (path / "checkpoint.pt").exists()
     said = capsys.readouterr().err
     assert "IGM, scope 1, seed 100, loss" in said
-    assert "mean " in said
+    assert "sum " in said
 
 
 def test_a_tuning_run_has_no_test_scores(tmp_path):

@@ -129,7 +129,7 @@ def test_turns_are_measured_beginning_with_the_initial_weights(toy):
 
 def test_the_round_with_the_best_validation_accuracy_is_chosen_the_later_of_equals(toy):
     result = Training(toy.without_test(), row("igm"), replace(TINY, steps=20), 0.05, 0).run()
-    values = [point["accuracy"]["mean"] for point in result.curve]
+    values = [point["accuracy"]["sum"] for point in result.curve]
     best = max(number for number, value in enumerate(values, start=1) if value == max(values))
     assert result.rounds == {"chosen": best, "last": 10}
     model = result.model
@@ -260,8 +260,8 @@ def test_the_papers_protocol_chooses_on_the_test_split(toy):
     assert result.curve == plain.curve
     assert same(result.weights["last"], plain.weights["last"])
     tests = evaluate(result.model, toy, {**result.weights, "validation": plain.weights["chosen"]}).scores
-    chosen = tests["chosen"]["accuracy"]["mean"]
-    assert chosen >= max(tests["last"]["accuracy"]["mean"], tests["validation"]["accuracy"]["mean"])
+    chosen = tests["chosen"]["accuracy"]["sum"]
+    assert chosen >= max(tests["last"]["accuracy"]["sum"], tests["validation"]["accuracy"]["sum"])
     with pytest.raises(AssertionError, match="of the test split were looked at"):
         Training(guarded(toy), row("igm"), config, 0.05, 0).run()
 
