@@ -317,7 +317,8 @@ def test_records_do_not_depend_on_processes_interrupts_and_resumption(tmp_path, 
     assert multiprocessing.active_children() == []
     found = run(jobs, beside, 2, resume=True)
     assert [record["row"] for record in found] == ["igm", "mla", "igm", "gentle"]
-    assert list(map(numbers, found)) == list(map(numbers, here))
+    for one, other in zip(map(numbers, found), map(numbers, here), strict=True):
+        assert {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)} == set()
     assert list(beside.glob("runs/toy/*/*/*/checkpoint.pt")) == []
     capsys.readouterr()
 

@@ -58,6 +58,7 @@ __all__ = [
     "cores",
     "count",
     "peak_memory",
+    "provenance",
     "run_all",
     "run_job",
     "tune",
@@ -201,6 +202,7 @@ def run_job(
     stop: Callable[[], bool],
     *,
     resume: bool = False,
+    made_by: Mapping[str, Any] | None = None,
 ) -> RunRecord | None:
     """Do one run, keep its record, and if it is a final one, measure it on the test split.
 
@@ -218,6 +220,8 @@ def run_job(
         Asked before each step whether to stop there; the run is then saved.
     resume : bool
         Whether a saved run is continued. It begins anew otherwise.
+    made_by : mapping, optional
+        What :func:`provenance` says, where another process has asked already.
 
     Returns
     -------
@@ -266,13 +270,26 @@ def run_job(
             save()
             return None
     seconds = before["seconds"] + time.perf_counter() - began
-    record = _record(job, visible, training, trained, before["started"], seconds)
+    record = _record(job, visible, training, trained, before["started"], seconds, made_by or provenance())
     write_whole(folder / "run.json", (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
     checkpoint.unlink(missing_ok=True)
     return record
 
 
-def _record(job: Job, data: DataSet, training: Training, trained: Trained, started: str, seconds: float) -> RunRecord:
+def provenance() -> dict[str, Any]:
+    """Return what makes the numbers: versions, revision, and the hash of the code."""
+    return {"versions": versions(), "revision": revision(), "code": code_digest()}
+
+
+def _record(
+    job: Job,
+    data: DataSet,
+    training: Training,
+    trained: Trained,
+    started: str,
+    seconds: float,
+    made_by: Mapping[str, Any],
+) -> RunRecord:
     """Return what is kept of a run; of a final one the test split is opened here, once."""
     chosen: dict[str, Any] = {"round": trained.rounds["chosen"]}
     last: dict[str, Any] = {"round": trained.rounds["last"]}
@@ -298,12 +315,12 @@ def _record(job: Job, data: DataSet, training: Training, trained: Trained, start
         "learning_rate": job.learning_rate,
         "final": job.final,
         "config": training.config.plain(),
-        "versions": versions(),
-        "revision": revision(),
+        "versions": made_by["versions"],
+        "revision": made_by["revision"],
         "digests": {
             "data": data_digest(data),
             "test": split_digest(replace(data).open_test()) if job.final else None,
-            "code": code_digest(),
+            "code": made_by["code"],
         },
         "started": started,
         "curve": trained.curve,
@@ -454,7 +471,7 @@ def run_all(
             bar.set_postfix_str(", ".join(filter(None, words)), refresh=False)
             bar.update(progress.steps)
 
-        tasks = [_Task(job, folders[job], source, resume) for job in left]
+        tasks = [_Task(job, folders[job], source, resume, provenance()) for job in left]
         if workers == 1:
             done = _run_here(tasks, show, interrupted)
         else:
@@ -474,10 +491,11 @@ class _Task:
     folder: Path
     source: Source
     resume: bool
+    made_by: Mapping[str, Any]
 
     def do(self, tell: Tell, stop: Callable[[], bool]) -> RunRecord | None:
         data = replace(self.source.load(self.job.config.data), test_openings=0)
-        return run_job(self.job, data, self.folder, tell, stop, resume=self.resume)
+        return run_job(self.job, data, self.folder, tell, stop, resume=self.resume, made_by=self.made_by)
 
 
 @contextmanager
