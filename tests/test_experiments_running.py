@@ -21,6 +21,7 @@ from igm_rs.experiments.methods import Row
 from igm_rs.experiments.running import InterruptedRuns, Job, Source, run_all, tune
 
 SOURCE = Source(register=(Path(__file__).with_name("toy_sets.py"),))
+SOURCE.load("toy")
 NAMES = ("a", "b")
 TINY = load_config("toy", {"steps": 4, "turn_steps": 2, "batch_size": 16, "seeds": 2})
 TIMES = ("seconds", "seconds_per_step", "started", "peak_memory")
@@ -115,7 +116,6 @@ def test_curve_is_logged_as_csv_and_for_tensorboard(tmp_path):
 
 
 def test_the_test_split_is_opened_once_by_a_final_run_and_never_by_a_tuning_run(tmp_path):
-    SOURCE.load("toy")
     for final, openings in ((False, 0), (True, 1)):
         dataset = data.load("toy")
         running.run_job(job(final=final), dataset, tmp_path / str(final), lambda _: None, lambda: False)
@@ -170,7 +170,6 @@ def test_comments_docstrings_and_layout_are_no_other_code():
 
 
 def test_the_source_of_a_users_method_counts():
-    SOURCE.load("toy")
     assert "class Gentle" in running._user_code(Row("gentle", NAMES))[0]
     assert running._user_code(Row("igm", NAMES)) == []
 
@@ -282,7 +281,6 @@ def test_an_unfinished_run_is_saved_now_and_then(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "SAVE_EVERY", 0.0)
     seen = []
     path = tmp_path / "run"
-    SOURCE.load("toy")
 
     def tell(progress):
         seen.append((path / "checkpoint.pt").is_file())
