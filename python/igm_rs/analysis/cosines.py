@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,6 +78,15 @@ class Cosines:
     def __len__(self) -> int:
         """Return the number of entries."""
         return len(self.step)
+
+    @classmethod
+    def joined(cls, several: Iterable[Cosines]) -> Cosines:
+        """Return the entries of several trainings as one."""
+        out = cls()
+        for each in several:
+            for name, values in vars(each).items():
+                getattr(out, name).extend(values)
+        return out
 
     def of(self, which: Which) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return one of the three, (n,), without NaNs; of projected steps only, if there are any."""

@@ -49,6 +49,23 @@ class LayerSpectra(Picture):
         names = list(dict.fromkeys(name for name, _ in found))
         return sorted(dict.fromkeys(found), key=lambda place: names.index(place[0]))
 
+    @classmethod
+    def joined(cls, several: Mapping[str, Sequence[LayerSpectra]]) -> LayerSpectra:
+        """Return spectra of one training each as one, each list as the runs of its name."""
+        out = cls({}, {})
+        for label, runs in several.items():
+            for each in runs:
+                for mine, theirs in ((out.mean, each.mean), (out.top_share, each.top_share)):
+                    (of,) = theirs.values()
+                    for name, layers in of.items():
+                        for layer, values in layers.items():
+                            mine.setdefault(label, {}).setdefault(name, {}).setdefault(layer, []).extend(values)
+        return out
+
+    def by_layer(self, label: str) -> dict[tuple[str, str], list[float]]:
+        """Return the mean singular values of one training, one a run, by (modality, layer)."""
+        return {(name, layer): runs for name, layers in self.mean[label].items() for layer, runs in layers.items()}
+
     def numbers(self) -> dict[str, Any]:
         """Return mean and top share by training, modality and layer."""
         return {"mean_singular_value": self.mean, "top_share": self.top_share}

@@ -82,14 +82,14 @@ class LossSurface(Picture):
             "seed": self.seed,
         }
 
-    def draw(self, ax: Axes | None = None, levels: Sequence[float] | None = None) -> Axes:
+    def draw(self, ax: Axes | None = None, levels: npt.ArrayLike | None = None) -> Axes:
         """Draw contours of the loss, a cross at the weights.
 
         Parameters
         ----------
         ax : Axes, optional
             Where; a new figure by default.
-        levels : sequence of float, optional
+        levels : array, optional
             The loss at each contour, ascending; for several surfaces the same, to compare them. Spread over this
             surface's own losses by default, in equal steps of the logarithm.
         """
@@ -97,7 +97,7 @@ class LossSurface(Picture):
         self._paint(ax, levels)
         return ax
 
-    def _paint(self, ax: Axes, levels: Sequence[float] | None = None, bar: bool = True) -> None:
+    def _paint(self, ax: Axes, levels: npt.ArrayLike | None = None, bar: bool = True) -> None:
         from matplotlib.colors import BoundaryNorm
 
         chosen = np.asarray(_levels([self]) if levels is None else levels, dtype=np.float64)

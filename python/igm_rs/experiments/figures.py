@@ -1,140 +1,513 @@
-"""The pictures: accuracy by method with every seed as a dot, and the training curves of joint training against IGM."""
+"""The paper's figures on a data set: what each needs is trained, its numbers are taken, and both are written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import concurrent.futures
+import multiprocessing
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+import torch
+from matplotlib.figure import Figure as Canvas
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
-__all__ = ["accuracy_figure", "curves_figure", "write"]
+import igm_rs
+from igm_rs import analysis
+from igm_rs.analysis.drawing import save_figure
 
-ORANGE, GREEN, BLUE, VERMILION, PURPLE = "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
-"""Okabe and Ito's colours, which readers with any colour vision can tell apart."""
+from .configuration import Config
+from .data import DataSet
+from .methods import Row
+from .networks import Branches
+from .page import FIGURES
+from .running import Job, ProcessLostError, Source, run_all, tune, versions
+from .training import Training, batch_stream, take_step
 
-GREY = "#555555"
+__all__ = ["SEEDS", "figure"]
 
-Edge = dict[str, Any]
+SEEDS = {"1": 2, "3": 2, "4": 3, "5a": 5, "5c": 1}
+"""Runs of each method in a figure, unless told otherwise: so many that each figure takes two or three minutes."""
 
-EDGE: Edge = {"markeredgecolor": "black", "markeredgewidth": 0.6}
-"""Outline of a marker that stands for a mean."""
+WATCHED = 5
+"""Figure 1 looks at every so many steps."""
 
-FUSED = {
-    "mean": ("mean of probabilities", ORANGE, "s"),
-    "sum": ("sum of logits", GREEN, "^"),
-    "calibrated": ("calibrated product", BLUE, "o"),
-}
-"""Fusion: its name, colour and marker."""
+POINTS = 15
+"""Points along each direction of a loss surface."""
 
-MODALITY_COLOURS = (BLUE, VERMILION, GREEN, PURPLE)
+EXAMPLES = 512
+"""Training examples, evenly taken, that a loss surface is made of."""
 
-STYLES: dict[str, dict[str, Any]] = {
-    "joint": {"linestyle": "--", "marker": "o", "markerfacecolor": "white"},
-    "igm": {"linestyle": "-", "marker": "o"},
-}
-"""Methods of the training curves, with their lines: broken with hollow dots, solid with full dots."""
+SCORED = {"accuracy": "accuracy", "map": "MAP"}
+"""Measures of Figure 3, with their names there."""
 
-Results = dict[str, Any]
+TOLD = ("effective_perturbation", "cosine")
+"""What a run keeps of what its steps did: means over the last steps of its turns."""
 
+FUSION = "mean"
+"""Whose scores Figure 3 shows."""
 
-def accuracy_figure(datasets: Sequence[Results]) -> Figure:
-    """Draw test accuracy by method, one panel a data set: a small dot for every seed, a large one for their mean."""
-    tallest = max(len(data["rows"]) for data in datasets)
-    figure = Figure(figsize=(5.2 * len(datasets), 1.6 + 0.46 * tallest), layout="constrained")
-    for axes, data in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        _accuracy_panel(axes, data)
-    handles = [_marker(colour, marker, name) for name, colour, marker in FUSED.values()]
-    handles += [_marker(GREY, "D", "one modality alone"), _marker(GREY, ".", "each seed (large: their mean)")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handletextpad=0.2)
-    return figure
+TIMED = ("joint-sum", "joint-concat", "sam", "turns", "turns-sam", "mla", "igm-no-sam", "igm")
+"""Methods of Figure 5 (c); the first is what the others are compared to."""
 
-
-def _accuracy_panel(axes: Axes, data: Results) -> None:
-    """Draw one data set."""
-    rows = data["rows"]
-    for place, row in enumerate(rows):
-        shown: list[tuple[str, str, str, float]]
-        if len(row["modalities"]) == 1:
-            shown = [(row["modalities"][0], GREY, "D", 0.0)]
-        else:
-            styles = zip(FUSED, FUSED.values(), (-0.25, 0.0, 0.25), strict=True)
-            shown = [(key, colour, marker, shift) for key, (_, colour, marker), shift in styles]
-        for key, colour, marker, shift in shown:
-            values = [100 * run["scores"]["accuracy"][key] for run in row["runs"]]
-            height = place + shift
-            axes.plot(values, [height] * len(values), ".", color=colour, markersize=5, alpha=0.55, markeredgewidth=0)
-            axes.plot(float(np.mean(values)), height, marker, color=colour, markersize=6.5, **EDGE)
-        if place % 2:
-            axes.axhspan(place - 0.5, place + 0.5, color="#F2F2F2", zorder=0, linewidth=0)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.grid(axis="x", color="#CCCCCC", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("test accuracy (%)")
-    axes.set_title(data["title"], fontsize=11)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+TIMING = 6.0
+"""Seconds for which each of them is measured, at least."""
 
 
-def curves_figure(datasets: Sequence[Results]) -> Figure | None:
-    """Draw validation accuracy of each modality's branch over training, joint training against IGM.
+PACKAGED = Source()
+"""The data sets that come with the package."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a figure is made of.
+
+    Attributes
+    ----------
+    config : Config
+        The configuration, with the number of seeds.
+    data : DataSet
+        The set, without its test split.
+    out, workers, resume, source
+        As in :func:`figure`.
+    """
+
+    config: Config
+    data: DataSet
+    out: Path
+    workers: int
+    resume: bool
+    source: Source
+
+    def row(self, key: str, **overrides: Any) -> Row:
+        """Return a row of all modalities."""
+        return Row(key, self.data.modalities, overrides)
+
+    def rates(self, rows: Sequence[Row]) -> dict[Row, float]:
+        """Return the learning rate of each row, chosen on validation like a table's; stored runs are used again."""
+        chosen = tune(rows, self.config, self.out, self.workers, resume=self.resume, source=self.source)
+        return {row: choice.learning_rate for row, choice in chosen.items()}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A figure: how it is painted, in how many inches, its numbers, and what is said below it."""
+
+    size: tuple[float, float]
+    paint: Callable[[Canvas], None]
+    numbers: Mapping[str, Any]
+    caption: str
+
+
+def figure(
+    name: str,
+    config: Config,
+    out: Path,
+    *,
+    workers: int,
+    command: str,
+    seeds: int | None = None,
+    resume: bool = False,
+    source: Source = PACKAGED,
+) -> tuple[Path, Path]:
+    """Make a figure of the paper on a data set; write ``<out>/figures/figure-<name>-<data>.png`` and ``.json``.
+
+    Parameters
+    ----------
+    name : str
+        Of :data:`igm_rs.experiments.page.FIGURES`.
+    config : Config
+        What is trained, and on what.
+    out : Path
+        Folder of results; runs are stored there, and those that are there already are used again.
+    workers : int
+        Processes side by side.
+    command : str
+        The command that makes it, for the page of results.
+    seeds : int, optional
+        Runs of each method, in place of the configuration's; as :data:`SEEDS` has it by default.
+    resume : bool
+        Whether interrupted runs are continued.
+    source : Source
+        Where the data come from.
 
     Returns
     -------
-    Figure or None
-        None if neither method was run.
+    tuple of Path
+        The picture and the numbers behind it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such figure, or the set has one modality only.
+    OSError
+        If a file of the set cannot be read.
     """
-    drawn = [[row for row in data["rows"] if row["key"] in STYLES] for data in datasets]
-    if not any(drawn):
-        return None
-    figure = Figure(figsize=(5.2 * len(datasets), 3.9), layout="constrained")
-    for axes, data, rows in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, drawn, strict=True):
-        _curves_panel(axes, data, rows)
-    return figure
+    if name not in MAKERS:
+        raise ValueError(f"figure is {name!r}, expected one of {', '.join(MAKERS)}")
+    data = source.load(config.data).without_test()
+    if len(data.modalities) < 2:
+        raise ValueError(f"data is {config.data!r} with one modality, expected two or more to compare methods")
+    config = replace(config, seeds=SEEDS[name] if seeds is None else seeds)
+    made = MAKERS[name](Order(config, data, out, workers, resume, source))
+    numbers = {
+        "figure": name,
+        "shows": FIGURES[name],
+        "dataset": config.data,
+        "title": data.title,
+        "command": command,
+        "caption": made.caption,
+        "seeds": list(config.final_seeds),
+        "config": config.plain(),
+        "versions": versions(),
+        "numbers": made.numbers,
+    }
+    path = out / "figures" / f"figure-{name}-{config.data}.png"
+
+    def paint(canvas: Canvas) -> None:
+        canvas.suptitle(data.title, fontsize=11)
+        made.paint(canvas)
+
+    return save_figure(path, made.size, paint, numbers)
 
 
-def _curves_panel(axes: Axes, data: Results, rows: Sequence[Results]) -> None:
-    """Draw one data set: the mean over the seeds as a line, their range as a band."""
-    handles = []
-    for colour, modality in zip(MODALITY_COLOURS, data["modalities"], strict=False):
-        for row in rows:
-            steps = [point["steps"] for point in row["runs"][0]["curve"]]
-            values = 100 * np.asarray([[point["accuracy"][modality] for point in run["curve"]] for run in row["runs"]])
-            style = {**STYLES[row["key"]], "color": colour, "linewidth": 1.6, "markersize": 3.5}
-            axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-            label = f"{modality}, {row['label']}"
-            handles += axes.plot(steps, values.mean(0), label=label, **style)
-    columns = max(1, len(data["modalities"]))
-    axes.legend(handles=handles, fontsize=8.5, frameon=False, ncols=columns, loc="upper left", handlelength=3)
-    axes.set_ylim(0, 125)
-    axes.set_yticks(range(0, 101, 20))
-    axes.spines["left"].set_bounds(0, 100)
-    axes.set_xlim(left=0)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_xlabel("gradient steps of each modality")
-    axes.set_ylabel("validation accuracy of the branch (%)")
-    axes.set_title(data["title"], fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
+# ----------------------------------------------------------------------------------------------------------------------
+# Trainings that are looked into, side by side
 
 
-def _marker(colour: str, marker: str, name: str) -> Line2D:
-    """Return an entry of the legend."""
-    edge: Edge = {"markeredgewidth": 0.0} if marker == "." else EDGE
-    return Line2D([], [], color=colour, marker=marker, linestyle="", label=name, **edge)
+Found = TypeVar("Found")
+OneTraining = TypeVar("OneTraining", bound=Training)
 
 
-def write(folder: Path, datasets: Sequence[Results]) -> list[Path]:
-    """Write ``accuracy.png`` and, where joint training or IGM was run, ``curves.png``; return their paths."""
-    figures = {"accuracy.png": accuracy_figure(datasets), "curves.png": curves_figure(datasets)}
-    paths = []
-    for name, figure in figures.items():
-        if figure is not None:
-            paths.append(folder / name)
-            figure.savefig(paths[-1], dpi=160)
-    return paths
+@dataclass(frozen=True)
+class Task:
+    """One training that is looked into."""
+
+    config: Config
+    row: Row
+    seed: int
+    learning_rate: float
+    source: Source
+
+    def training(self, kind: type[OneTraining]) -> OneTraining:
+        """Return the training, not begun; it has no test split, which no figure but 3 looks at."""
+        data = self.source.load(self.config.data).without_test()
+        return kind(data, self.row, self.config, self.learning_rate, self.seed)
+
+
+def _all(order: Order, keys: Sequence[str], look: Callable[[Task], Found], words: str) -> dict[str, list[Found]]:
+    """Train the rows of these methods with every seed, look into each, and return what was found by label."""
+    rows = [order.row(key) for key in keys]
+    rates = order.rates(rows)
+    tasks = [
+        Task(order.config, row, seed, rates[row], order.source) for row in rows for seed in order.config.final_seeds
+    ]
+    found = _side_by_side(look, tasks, order.workers, words)
+    count = order.config.seeds
+    return {row.label: found[place * count : (place + 1) * count] for place, row in enumerate(rows)}
+
+
+def _side_by_side(look: Callable[[Task], Found], tasks: Sequence[Task], workers: int, words: str) -> list[Found]:
+    """Do the tasks in processes of their own, one thread each, and return what they give in their order."""
+    if workers == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return [look(task) for task in tqdm(tasks, desc=words, unit="run", dynamic_ncols=True)]
+        finally:
+            torch.set_num_threads(threads)
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare) as pool:
+        futures = [pool.submit(look, task) for task in tasks]
+        done = concurrent.futures.as_completed(futures)
+        try:
+            for each in tqdm(done, total=len(tasks), desc=words, unit="run", dynamic_ncols=True):
+                each.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ProcessLostError(
+                "a process ended before its run did, most likely for want of memory: try again with --workers 1"
+            ) from error
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
+    return [each.result() for each in futures]
+
+
+def _prepare() -> None:
+    """Prepare a process: one thread, and interrupts left to the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _losses(model: Branches, names: Sequence[str], inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Any]:
+    """Return for each modality what computes its branch's loss on these examples."""
+
+    def of(name: str) -> Callable[[], Tensor]:
+        return lambda: cross_entropy(model.branch(name, inputs[name]), labels)
+
+    return {name: of(name) for name in names}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figure 1
+
+
+class Watched(Training):
+    """A training whose gradients are looked at, in every so many steps."""
+
+    def __init__(self, data: DataSet, row: Row, config: Config, learning_rate: float, seed: int) -> None:
+        super().__init__(data, row, config, learning_rate, seed)
+        assert isinstance(self.optimizer, igm_rs.IGMOptimizer), "every method of Figure 1 has one"
+        self.watch = analysis.CosineWatch(self.model, self.optimizer, every=WATCHED)
+
+    def step_on(self, active: tuple[str, ...], chosen: Tensor) -> Tensor:
+        """Take a step, looked at now and then."""
+        split = self.data.train
+        inputs = {name: values[chosen] for name, values in split.inputs.items()}
+        with self.watch.step(_losses(self.model, self.row.modalities, inputs, split.labels[chosen])):
+            return super().step_on(active, chosen)
+
+
+def _cosines(task: Task) -> analysis.Cosines:
+    training = task.training(Watched)
+    training.run()
+    return training.watch.cosines
+
+
+def _figure_1(order: Order) -> Made:
+    keys = ("mla", "igm-no-sam", "igm", "igm-shared")
+    found = _all(order, keys, _cosines, "figure 1: trainings, gradients looked at")
+    result = analysis.GradientCosines({label: analysis.Cosines.joined(each) for label, each in found.items()})
+
+    def paint(canvas: Canvas) -> None:
+        left, right = canvas.subplots(1, 2)
+        result.draw(left, which="after")
+        result.draw(right, which="change")
+        right.set_yticks([])
+
+    medians = {label: (result.median(label, "after"), result.median(label, "change")) for label in found}
+    said = "; ".join(f"{label} {_number(after)} and {_number(change)}" for label, (after, change) in medians.items())
+    caption = (
+        f"Cosines in every {WATCHED}th step of {_runs(order)} of each method, once there is a T. Left: the gradient of "
+        "the modality that is trained, as modified, with that of the modality whose T modified it, on the same batch "
+        "(own heads: entry by entry, where chance gives 0). Right: the former before and after modification, 1 where "
+        f"that does nothing. Medians, left and right: {said}."
+    )
+    return Made((10.5, result.size[1] + 0.3), paint, result.numbers(), caption)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figure 3
+
+
+def _figure_3(order: Order) -> Made:
+    grids = {"tau": analysis.TAUS, "rho": analysis.RHOS}
+    igm = order.row("igm")
+    rate = order.rates([igm])[igm]
+    rows = {
+        (parameter, value): order.row("igm", **{parameter: value})
+        for parameter, grid in grids.items()
+        for value in grid
+    }
+    jobs = [Job(order.config, row, seed, rate, True) for row in rows.values() for seed in order.config.final_seeds]
+    records = run_all(jobs, order.out, order.workers, "figure 3: sweeps", resume=order.resume, source=order.source)
+    count = order.config.seeds
+    by_place = {place: records[at * count : (at + 1) * count] for at, place in enumerate(rows)}
+    sweeps = [
+        _sweep(parameter, {value: by_place[parameter, value] for value in grid}) for parameter, grid in grids.items()
+    ]
+
+    def paint(canvas: Canvas) -> None:
+        for ax, sweep in zip(canvas.subplots(1, 2), sweeps, strict=True):
+            sweep.draw(ax)
+
+    means = {each.parameter: [100 * fmean(mine) for mine in each.scores["accuracy"]] for each in sweeps}
+    lost = sweeps[-1].inert()
+    arrives = (
+        f"Up to ρ = {lost[-1]:g} less than half of the perturbation arrives at the float32 weights: that part of the "
+        "sweep has no SAM, however flat it is."
+        if lost
+        else "All values of ρ arrive at the weights."
+    )
+    caption = (
+        f"IGM, test accuracy and MAP of the mean of probabilities at the {_chosen(order)}; small dots are the seeds of "
+        f"{_runs(order)}, the learning rate is that of IGM. Black, right axes: what the value did. Accuracy goes from "
+        f"{min(means['tau']):.1f} to {max(means['tau']):.1f} % over τ and from {min(means['rho']):.1f} to "
+        f"{max(means['rho']):.1f} % over ρ. {arrives}"
+    )
+    return Made((12.5, 4.5), paint, {each.parameter: each.numbers() for each in sweeps}, caption)
+
+
+def _sweep(parameter: str, runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> analysis.Sweep:
+    """Return stored runs as a sweep."""
+    return analysis.Sweep(
+        parameter,
+        list(runs),
+        {
+            words: [[run["chosen"]["scores"][measure][FUSION] for run in each] for each in runs.values()]
+            for measure, words in SCORED.items()
+        },
+        {
+            name: [[run[name] for run in each] for each in runs.values()]
+            for name in ("effective_perturbation", "cosine")
+        },
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figure 4
+
+
+def _surface(task: Task) -> analysis.LossSurface:
+    training = task.training(Training)
+    training.run()
+    split, names = training.data.train, training.row.modalities
+    chosen = torch.arange(len(split))[:: -(-len(split) // EXAMPLES)]
+    inputs = {name: values[chosen] for name, values in split.inputs.items()}
+    losses = _losses(training.model, names, inputs, split.labels[chosen])
+
+    def loss() -> Tensor:
+        return torch.stack([each() for each in losses.values()]).mean()
+
+    return analysis.loss_surface(training.model, loss, points=POINTS, progress=False)
+
+
+def _figure_4(order: Order) -> Made:
+    found = _all(order, ("mla", "igm-no-sam", "igm"), _surface, "figure 4: trainings and surfaces")
+    result = analysis.compare_surfaces(found)
+
+    def paint(canvas: Canvas) -> None:
+        *places, last = canvas.subplots(2, 2).flat
+        for ax, (label, mine) in zip(places, found.items(), strict=True):
+            mine[0].draw(ax, levels=result.levels())
+            ax.set_title(f"{label}: loss {mine[0].centre:.3f} at the weights", fontsize=10)
+        result.draw(last)
+
+    said = "; ".join(f"{label} {_spread(result.rise(label))}" for label in found)
+    caption = (
+        "Training loss, mean of the branches, around the weights of the last round on two random directions, each "
+        f"filter scaled to its own length (Li et al. 2018); the first of {_runs(order)}, the same contours for all. Last "
+        f"panel: its mean rise by distance. At distance 1 it is {said}."
+    )
+    return Made((9.6, 8.2), paint, result.numbers(), caption)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figure 5
+
+
+def _spectra(task: Task) -> analysis.LayerSpectra:
+    training = task.training(Training)
+    training.run()
+    model, split, names = training.model.eval(), training.data.train, training.row.modalities
+    parts = {name: model.parts_of(name) for name in names}
+    gatherer = igm_rs.IGMOptimizer(model.parameters(), parts, model=model, scope=1.0, lr=task.learning_rate)
+    for name in names:
+        with gatherer.collect(name), torch.no_grad():
+            for chosen in torch.split(torch.arange(len(split)), task.config.batch_size):
+                model.branch(name, split.inputs[name][chosen])
+    return analysis.layer_spectra(gatherer)
+
+
+def _figure_5a(order: Order) -> Made:
+    found = _all(order, ("igm-no-sam", "igm"), _spectra, "figure 5a: trainings and spectra")
+    result = analysis.LayerSpectra.joined(found)
+    without, with_sam = ({place: fmean(each) for place, each in result.by_layer(label).items()} for label in found)
+    lower = sum(with_sam[place] < without[place] for place in without)
+    caption = (
+        "Mean singular value of Ȳ by layer, Ȳ of the training split at the weights of the last round; small dots are the "
+        f"seeds of {_runs(order)}. With SAM it is the smaller in {lower} of {len(without)} layers."
+    )
+    return Made(
+        (result.size[0], result.size[1] + 0.3), lambda canvas: _on_one(canvas, result), result.numbers(), caption
+    )
+
+
+def _rounds(training: Training) -> Callable[[], None]:
+    """Return what trains one round more: a turn of every modality, with the T's that are made in it."""
+    config, split = training.config, training.data.train
+    turns = [turn for turn in training.turns if turn.stretches[0].round == 1]
+    streams = {name: batch_stream(len(split), config.batch_size, training.seed) for name in training.row.modalities}
+    optimizer = training.optimizer
+
+    def one() -> None:
+        for turn in turns:
+            has_turns = turn.modality is not None and isinstance(optimizer, igm_rs.IGMOptimizer)
+            with optimizer.turn(turn.modality) if has_turns else nullcontext():
+                for active in turn.stretches[0].steps:
+                    for name in active:
+                        chosen = next(streams[name])
+                    take_step(training.model, optimizer, active, chosen, split)
+
+    return one
+
+
+def _figure_5c(order: Order) -> Made:
+    config = order.config
+    rate = config.rates[0] if config.learning_rate is None else config.learning_rate
+    trainings = {row.label: Training(order.data, row, config, rate, config.first_seed) for row in map(order.row, TIMED)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = analysis.training_time(
+            {label: _rounds(training) for label, training in trainings.items()},
+            seconds=TIMING,
+            calls=len(config.turn_lengths),
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+    def paint(canvas: Canvas) -> None:
+        _on_one(canvas, result)
+        canvas.axes[0].set_xlabel("time of one training (s): median, line = quartiles of its rounds")
+
+    first, *others = result.seconds
+    caption = (
+        f"Time of one training, {config.steps} steps of each modality, on one thread, validation not counted; the "
+        f"methods are measured in turn, round by round. Beside {first}: "
+        + ", ".join(f"{label} ×{result.ratio(label):.2f}" for label in others)
+        + "."
+    )
+    return Made((result.size[0] + 0.8, result.size[1] + 0.3), paint, result.numbers(), caption)
+
+
+def _on_one(canvas: Canvas, picture: analysis.Picture) -> None:
+    picture.draw(canvas.subplots())
+
+
+MAKERS: dict[str, Callable[[Order], Made]] = {
+    "1": _figure_1,
+    "3": _figure_3,
+    "4": _figure_4,
+    "5a": _figure_5a,
+    "5c": _figure_5c,
+}
+"""What makes each figure."""
+
+
+def _runs(order: Order) -> str:
+    count = order.config.seeds
+    return "one run" if count == 1 else f"{count} runs"
+
+
+def _chosen(order: Order) -> str:
+    """Which round the scores are of, in words."""
+    on = {"validation": "validation", "paper": "the test split, as the released scripts do"}[order.config.protocol]
+    return f"round chosen on {on}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
