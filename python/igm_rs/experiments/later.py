@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 import igm_rs
 
+from .extra import what_to_install
+
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -42,10 +44,7 @@ try:
     from .store import versions
     from .training import batch_stream
 except ModuleNotFoundError as missing:
-    package = str(missing.name).split(".")[0]
-    if package in ("matplotlib", "torchmetrics", "tqdm"):
-        sys.exit(f"error: the experiments need {package}: pip install 'igm-rs[experiments]'")
-    raise
+    sys.exit(what_to_install(missing))
 
 __all__ = ["METHODS", "Later", "Method", "Outcome", "Setting", "main", "run"]
 
