@@ -7,6 +7,13 @@ from .training import CHOSEN_BY
 
 __all__ = ["protocol"]
 
+WORDS = {
+    "mean": "the mean of the softmax outputs",
+    "entropy": "the entropy-weighted fusion",
+    "sum": "the summed logits",
+}
+"""Fusions that can choose, in words."""
+
 
 def protocol(config: Config, workers: int) -> list[str]:
     """Say how the comparison is made.
@@ -45,15 +52,15 @@ def protocol(config: Config, workers: int) -> list[str]:
         "moment with the bias of all earlier modalities."
     )
     rounds = (
-        f"the round with the highest validation accuracy of the {CHOSEN_BY} fusion (of a joint head: its own)"
+        f"the round with the highest validation accuracy of {WORDS[CHOSEN_BY]} (of a joint head: its own)"
         if config.protocol == "validation"
         else "THE ROUND WITH THE HIGHEST TEST ACCURACY, as the released scripts do"
     )
     if config.learning_rate is None:
         grid = ", ".join(f"{rate:g}" for rate in config.rates)
         rate = (
-            f"the learning rate (of {grid}) is chosen for each row by the validation accuracy of its {CHOSEN_BY} "
-            f"fusion at its best round, mean over {len(config.tuning_seeds)} seeds that the final runs do not use; "
+            f"the learning rate (of {grid}) is chosen for each row by the validation accuracy of {WORDS[CHOSEN_BY]} "
+            f"at its best round, mean over {len(config.tuning_seeds)} seeds that the final runs do not use; "
             "these runs hold no test data"
         )
     else:

@@ -615,9 +615,9 @@ def tune(
 ) -> dict[Row, Choice]:
     """Choose the learning rate of each row on validation, with seeds that no final run has and no test split at hand.
 
-    Every row gets the same budget and the same grid. A rate's figure is the validation accuracy of the mean fusion at
-    its best round, mean over the tuning seeds; 0 where training diverged. What was tried is kept in ``tuning`` in the
-    folder of results.
+    Every row gets the same budget and the same grid. A rate's figure is the validation accuracy of the fusion
+    :data:`igm_rs.experiments.training.CHOSEN_BY` at its best round, mean over the tuning seeds; 0 where training
+    diverged. What was tried is kept in ``tuning`` in the folder of results.
 
     Parameters
     ----------

@@ -24,7 +24,8 @@ from .networks import Branches
 __all__ = ["CHOSEN_BY", "Progress", "Stopped", "Trained", "Training", "batch_stream", "turns_of"]
 
 CHOSEN_BY = "sum"
-"""The fusion whose accuracy chooses round and learning rate; a modality alone and a joint head have one prediction."""
+"""The fusion whose accuracy chooses round and learning rate: the sum of logits, which joint training optimises. A
+modality alone and a joint head have one prediction, which stands for all fusions."""
 
 Active = tuple[str, ...]
 """The modalities that one optimizer step moves."""
