@@ -284,7 +284,7 @@ class GradientCosines(Picture):
         for place, (label, share) in enumerate(shares.items()):
             colour, _, _ = look(place)
             ground = len(shares) - 1 - place
-            ax.stairs(ground + 0.85 * share / tallest, edges, baseline=ground, fill=True, color=colour, alpha=0.75)
+            ax.stairs(ground + 0.72 * share / tallest, edges, baseline=ground, fill=True, color=colour, alpha=0.75)
             ax.axhline(ground, color="black", linewidth=0.6)
             if not values[label].size:
                 ax.text(0.5, ground + 0.3, "no layers of one shape to compare", transform=ax.get_yaxis_transform(),
@@ -293,7 +293,8 @@ class GradientCosines(Picture):
             median = float(np.median(values[label]))
             ax.plot([median, median], [ground, ground + 0.92], color="black", linewidth=1.2)
             left = median > (low + high) / 2
-            ax.annotate(f"median {median:.3f}", (median, ground + 0.92), xytext=(-4 if left else 4, 0), va="top",
+            words = f"median {median:.3f}".replace("-0.000", "0.000").replace("-", "−")
+            ax.annotate(words, (median, ground + 0.92), xytext=(-4 if left else 4, 0), va="top",
                         ha="right" if left else "left", textcoords="offset points", fontsize=8.5)  # fmt: skip
         ax.set_xlim(low, high)
         ax.set_ylim(0, len(shares))

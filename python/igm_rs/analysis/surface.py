@@ -82,7 +82,7 @@ class LossSurface(Picture):
             "seed": self.seed,
         }
 
-    def draw(self, ax: Axes | None = None, levels: npt.ArrayLike | None = None) -> Axes:
+    def draw(self, ax: Axes | None = None, levels: npt.ArrayLike | None = None, *, rise: bool = False) -> Axes:
         """Draw contours of the loss, a cross at the weights.
 
         Parameters
@@ -92,16 +92,19 @@ class LossSurface(Picture):
         levels : array, optional
             The loss at each contour, ascending; for several surfaces the same, to compare them. Spread over this
             surface's own losses by default, in equal steps of the logarithm.
+        rise : bool
+            Draw how far the loss lies above that at the weights, and not the loss itself: what flatness is about.
         """
         ax = axes_for(ax, self.size)
-        self._paint(ax, levels)
+        self._paint(ax, levels, rise=rise)
         return ax
 
-    def _paint(self, ax: Axes, levels: npt.ArrayLike | None = None, bar: bool = True) -> None:
+    def _paint(self, ax: Axes, levels: npt.ArrayLike | None = None, *, rise: bool = False) -> None:
         from matplotlib.colors import BoundaryNorm
 
-        chosen = np.asarray(_levels([self]) if levels is None else levels, dtype=np.float64)
-        shown = np.clip(np.nan_to_num(self.losses.T, nan=np.inf, posinf=np.inf), None, 2 * chosen[-1] + 1)
+        heights = self.losses - self.centre if rise else self.losses
+        chosen = np.asarray(_levels([heights]) if levels is None else levels, dtype=np.float64)
+        shown = np.clip(np.nan_to_num(heights.T, nan=np.inf, posinf=np.inf), None, chosen[-1] + 1)
         norm = BoundaryNorm(chosen, 256, extend="max")
         filled = ax.contourf(self.offsets, self.offsets, shown, levels=chosen, cmap="cividis", norm=norm, extend="max")
         ax.contour(self.offsets, self.offsets, shown, levels=chosen, colors="white", linewidths=0.5, alpha=0.7)
@@ -109,10 +112,10 @@ class LossSurface(Picture):
         ax.set_aspect("equal")
         ax.set_xlabel("along direction 1 (1 = length of the weights)")
         ax.set_ylabel("along direction 2")
-        if bar:
-            figure = ax.get_figure()
-            shown_bar = figure.colorbar(filled, ax=ax, label="loss", format="%.3g")  # type: ignore[union-attr]
-            shown_bar.ax.tick_params(labelsize=8)
+        figure = ax.get_figure()
+        words = "rise of the loss" if rise else "loss"
+        beside = figure.colorbar(filled, ax=ax, label=words, format="%.2g" if rise else "%.3g")  # type: ignore[union-attr]
+        beside.ax.tick_params(labelsize=8)
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ class LossSurfaces(Picture):
         }
 
     def levels(self) -> Floats:
-        """Return contour levels that fit the first surface of every name, for :meth:`LossSurface.draw`."""
-        return _levels([mine[0] for mine in self.surfaces.values()])
+        """Return contour levels that fit the rise of the first surface of every name, for :meth:`LossSurface.draw`."""
+        return _levels([mine[0].losses - mine[0].centre for mine in self.surfaces.values()])
 
     def rise(self, label: str) -> list[float]:
         """Return by how much the loss of each run has risen on average at the edge, the farthest whole ring."""
@@ -279,12 +282,12 @@ def _number(value: Tensor | float) -> float:
     return float(value)
 
 
-def _levels(surfaces: Sequence[LossSurface]) -> Floats:
+def _levels(surfaces: Sequence[Floats]) -> Floats:
     """Return levels from the lowest loss to the highest, in equal steps of the logarithm of what lies above the lowest.
 
     So that the middle, which is what is looked at, has contours too where the corners are far up.
     """
-    every = np.concatenate([surface.losses.ravel() for surface in surfaces])
+    every = np.concatenate([heights.ravel() for heights in surfaces])
     every = every[np.isfinite(every)]
     if not every.size:
         return np.linspace(0.0, 1.0, LEVELS)

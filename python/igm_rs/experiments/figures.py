@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -21,14 +23,15 @@ from tqdm import tqdm
 import igm_rs
 from igm_rs import analysis
 from igm_rs.analysis.drawing import save_figure
+from igm_rs.analysis.sweeps import LOST
 
 from .configuration import Config
 from .data import DataSet
 from .methods import Row
 from .networks import Branches
 from .page import FIGURES
-from .running import Job, ProcessLostError, Source, run_all, tune, versions
-from .training import Training, batch_stream, take_step
+from .running import Job, ProcessLostError, Source, provenance, run_all, tune
+from .training import CHOSEN_BY, Training, batch_stream, take_step
 
 __all__ = ["SEEDS", "figure"]
 
@@ -49,9 +52,6 @@ SCORED = {"accuracy": "accuracy", "map": "MAP"}
 
 TOLD = ("effective_perturbation", "cosine")
 """What a run keeps of what its steps did: means over the last steps of its turns."""
-
-FUSION = "mean"
-"""Whose scores Figure 3 shows."""
 
 TIMED = ("joint-sum", "joint-concat", "sam", "turns", "turns-sam", "mla", "igm-no-sam", "igm")
 """Methods of Figure 5 (c); the first is what the others are compared to."""
@@ -165,7 +165,7 @@ def figure(
         "caption": made.caption,
         "seeds": list(config.final_seeds),
         "config": config.plain(),
-        "versions": versions(),
+        **provenance(),
         "numbers": made.numbers,
     }
     path = out / "figures" / f"figure-{name}-{config.data}.png"
@@ -201,8 +201,10 @@ class Task:
         return kind(data, self.row, self.config, self.learning_rate, self.seed)
 
 
-def _all(order: Order, keys: Sequence[str], look: Callable[[Task], Found], words: str) -> dict[str, list[Found]]:
-    """Train the rows of these methods with every seed, look into each, and return what was found by label."""
+def _all(
+    order: Order, keys: Sequence[str], look: Callable[[Task], Found], words: str
+) -> tuple[dict[str, list[Found]], dict[str, float]]:
+    """Train the rows of these methods with every seed; return what was found in each, and the rates, by label."""
     rows = [order.row(key) for key in keys]
     rates = order.rates(rows)
     tasks = [
@@ -210,7 +212,8 @@ def _all(order: Order, keys: Sequence[str], look: Callable[[Task], Found], words
     ]
     found = _side_by_side(look, tasks, order.workers, words)
     count = order.config.seeds
-    return {row.label: found[place * count : (place + 1) * count] for place, row in enumerate(rows)}
+    by_label = {row.label: found[place * count : (place + 1) * count] for place, row in enumerate(rows)}
+    return by_label, {row.label: rates[row] for row in rows}
 
 
 def _side_by_side(look: Callable[[Task], Found], tasks: Sequence[Task], workers: int, words: str) -> list[Found]:
@@ -284,7 +287,7 @@ def _cosines(task: Task) -> analysis.Cosines:
 
 def _figure_1(order: Order) -> Made:
     keys = ("mla", "igm-no-sam", "igm", "igm-shared")
-    found = _all(order, keys, _cosines, "figure 1: trainings, gradients looked at")
+    found, rates = _all(order, keys, _cosines, "figure 1: trainings, gradients looked at")
     result = analysis.GradientCosines({label: analysis.Cosines.joined(each) for label, each in found.items()})
 
     def paint(canvas: Canvas) -> None:
@@ -301,7 +304,8 @@ def _figure_1(order: Order) -> Made:
         "(own heads: entry by entry, where chance gives 0). Right: the former before and after modification, 1 where "
         f"that does nothing. Medians, left and right: {said}."
     )
-    return Made((10.5, result.size[1] + 0.3), paint, result.numbers(), caption)
+    numbers = {"learning_rates": rates, "cosines": result.numbers()}
+    return Made((10.5, result.size[1] + 0.3), paint, numbers, caption)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,7 +322,8 @@ def _figure_3(order: Order) -> Made:
         for value in grid
     }
     jobs = [Job(order.config, row, seed, rate, True) for row in rows.values() for seed in order.config.final_seeds]
-    records = run_all(jobs, order.out, order.workers, "figure 3: sweeps", resume=order.resume, source=order.source)
+    with _without_warning_of_rho():
+        records = run_all(jobs, order.out, order.workers, "figure 3: sweeps", resume=order.resume, source=order.source)
     count = order.config.seeds
     by_place = {place: records[at * count : (at + 1) * count] for at, place in enumerate(rows)}
     sweeps = [
@@ -338,12 +343,29 @@ def _figure_3(order: Order) -> Made:
         else "All values of ρ arrive at the weights."
     )
     caption = (
-        f"IGM, test accuracy and MAP of the mean of probabilities at the {_chosen(order)}; small dots are the seeds of "
+        f"IGM, test accuracy and MAP of the {CHOSEN_BY} fusion at the {_chosen(order)}; small dots are the seeds of "
         f"{_runs(order)}, the learning rate is that of IGM. Black, right axes: what the value did. Accuracy goes from "
         f"{min(means['tau']):.1f} to {max(means['tau']):.1f} % over τ and from {min(means['rho']):.1f} to "
         f"{max(means['rho']):.1f} % over ρ. {arrives}"
     )
-    return Made((12.5, 4.5), paint, {each.parameter: each.numbers() for each in sweeps}, caption)
+    numbers = {"learning_rate": rate, **{each.parameter: each.numbers() for each in sweeps}}
+    return Made((12.5, 4.5), paint, numbers, caption)
+
+
+@contextmanager
+def _without_warning_of_rho() -> Iterator[None]:
+    """Keep quiet, here and in new processes, that a ρ is lost in rounding: the figure is there to show it."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:rho =:UserWarning"]))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=LOST)
+            yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _sweep(parameter: str, runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> analysis.Sweep:
@@ -352,7 +374,7 @@ def _sweep(parameter: str, runs: Mapping[float, Sequence[Mapping[str, Any]]]) ->
         parameter,
         list(runs),
         {
-            words: [[run["chosen"]["scores"][measure][FUSION] for run in each] for each in runs.values()]
+            words: [[run["chosen"]["scores"][measure][CHOSEN_BY] for run in each] for each in runs.values()]
             for measure, words in SCORED.items()
         },
         {
@@ -381,23 +403,23 @@ def _surface(task: Task) -> analysis.LossSurface:
 
 
 def _figure_4(order: Order) -> Made:
-    found = _all(order, ("mla", "igm-no-sam", "igm"), _surface, "figure 4: trainings and surfaces")
+    found, rates = _all(order, ("mla", "igm-no-sam", "igm"), _surface, "figure 4: trainings and surfaces")
     result = analysis.compare_surfaces(found)
 
     def paint(canvas: Canvas) -> None:
         *places, last = canvas.subplots(2, 2).flat
         for ax, (label, mine) in zip(places, found.items(), strict=True):
-            mine[0].draw(ax, levels=result.levels())
+            mine[0].draw(ax, levels=result.levels(), rise=True)
             ax.set_title(f"{label}: loss {mine[0].centre:.3f} at the weights", fontsize=10)
         result.draw(last)
 
     said = "; ".join(f"{label} {_spread(result.rise(label))}" for label in found)
     caption = (
-        "Training loss, mean of the branches, around the weights of the last round on two random directions, each "
-        f"filter scaled to its own length (Li et al. 2018); the first of {_runs(order)}, the same contours for all. Last "
-        f"panel: its mean rise by distance. At distance 1 it is {said}."
+        "Rise of the training loss, mean of the branches, around the weights of the last round on two random "
+        f"directions, each filter scaled to its own length (Li et al. 2018); of the first of {_runs(order)}, with the "
+        f"same contours for all. Last panel: its mean by distance. At distance 1 it is {said}."
     )
-    return Made((9.6, 8.2), paint, result.numbers(), caption)
+    return Made((9.6, 8.2), paint, {"learning_rates": rates, "surfaces": result.numbers()}, caption)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -418,17 +440,16 @@ def _spectra(task: Task) -> analysis.LayerSpectra:
 
 
 def _figure_5a(order: Order) -> Made:
-    found = _all(order, ("igm-no-sam", "igm"), _spectra, "figure 5a: trainings and spectra")
+    found, rates = _all(order, ("igm-no-sam", "igm"), _spectra, "figure 5a: trainings and spectra")
     result = analysis.LayerSpectra.joined(found)
     without, with_sam = ({place: fmean(each) for place, each in result.by_layer(label).items()} for label in found)
     lower = sum(with_sam[place] < without[place] for place in without)
     caption = (
-        "Mean singular value of Ȳ by layer, Ȳ of the training split at the weights of the last round; small dots are the "
-        f"seeds of {_runs(order)}. With SAM it is the smaller in {lower} of {len(without)} layers."
+        "Mean singular value of Ȳ by layer, Ȳ of the training split at the weights of the last round; small dots are "
+        f"the seeds of {_runs(order)}. With SAM the mean is the smaller one in {lower} of {len(without)} layers."
     )
-    return Made(
-        (result.size[0], result.size[1] + 0.3), lambda canvas: _on_one(canvas, result), result.numbers(), caption
-    )
+    size = result.size[0], result.size[1] + 0.3
+    return Made(size, lambda canvas: _on_one(canvas, result), {"learning_rates": rates, **result.numbers()}, caption)
 
 
 def _rounds(training: Training) -> Callable[[], None]:
@@ -440,8 +461,10 @@ def _rounds(training: Training) -> Callable[[], None]:
 
     def one() -> None:
         for turn in turns:
-            has_turns = turn.modality is not None and isinstance(optimizer, igm_rs.IGMOptimizer)
-            with optimizer.turn(turn.modality) if has_turns else nullcontext():
+            entered: AbstractContextManager[object] = nullcontext()
+            if turn.modality is not None and isinstance(optimizer, igm_rs.IGMOptimizer):
+                entered = optimizer.turn(turn.modality)
+            with entered:
                 for active in turn.stretches[0].steps:
                     for name in active:
                         chosen = next(streams[name])

@@ -1,0 +1,172 @@
+"""The figures on a data set: picture, numbers and caption; stored runs used; the test split left alone; refusals."""
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from igm_rs import analysis
+from igm_rs.experiments import figures
+from igm_rs.experiments.configuration import load_config
+from igm_rs.experiments.data import DataSet
+from igm_rs.experiments.page import FIGURES, PICTURE
+from igm_rs.experiments.running import ProcessLostError, Source
+from igm_rs.experiments.training import Training
+
+SOURCE = Source(register=(Path(__file__).with_name("toy_sets.py"),))
+SOURCE.load("toy")
+TINY = load_config("toy", {"steps": 4, "turn_steps": 2, "batch_size": 16, "learning_rate": 0.03})
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(figures, "TIMING", 0.01)
+    monkeypatch.setattr(figures, "POINTS", 3)
+    monkeypatch.setattr(figures, "WATCHED", 1)
+    monkeypatch.setattr(analysis, "TAUS", (0.4, 100.0))
+    monkeypatch.setattr(analysis, "RHOS", (1e-15, 0.05))
+
+
+def make(name, out, *, seeds=2, workers=1, config=TINY):
+    picture, text = figures.figure(
+        name, config, out, workers=workers, command=f"igm-rs figure {name} --data toy", seeds=seeds, source=SOURCE
+    )
+    assert picture == out / "figures" / f"figure-{name}-toy.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 15_000
+    assert PICTURE.fullmatch(picture.name)["figure"] == name
+    told = json.loads(text.read_text(encoding="utf-8"))
+    assert told["command"] == f"igm-rs figure {name} --data toy"
+    assert told["shows"] == FIGURES[name]
+    assert told["config"]["steps"] == config.steps
+    assert set(told) >= {"caption", "versions", "revision", "seeds", "dataset"}
+    return told
+
+
+def test_every_figure_of_the_list_can_be_made():
+    assert list(figures.MAKERS) == list(FIGURES) == list(figures.SEEDS)
+
+
+@pytest.mark.parametrize("name", ["1", "4", "5a", "5c"])
+def test_no_figure_but_the_sweeps_looks_at_the_test_split(name, tmp_path, monkeypatch):
+    def opened(self):
+        raise AssertionError("the test split was opened")
+
+    monkeypatch.setattr(DataSet, "open_test", opened)
+    make(name, tmp_path, seeds=1)
+
+
+def test_figure_1_has_the_cosines_of_every_method(tmp_path):
+    told = make("1", tmp_path)
+    cosines = told["numbers"]["cosines"]
+    assert list(cosines) == ["MLA", "IGM without SAM", "IGM", "shared trunk, flat"]
+    # 4 steps of 2 modalities and 2 seeds, each with one source; of the shared trunk only the later one has a source
+    assert [len(each["after"]) for each in cosines.values()] == [16, 16, 16, 8]
+    assert told["numbers"]["learning_rates"] == dict.fromkeys(cosines, 0.03)
+    assert told["seeds"] == [TINY.first_seed, TINY.first_seed + 1]
+    assert f"MLA {cosines['MLA']['median']['after']:.3f}" in told["caption"]
+
+
+def test_a_watched_training_is_the_same_training():
+    data = SOURCE.load("toy").without_test()
+    row = figures.Row("igm", data.modalities)
+    plain, watched = (kind(data, row, TINY, 0.03, 7) for kind in (Training, figures.Watched))
+    plain.run()
+    watched.run()
+    assert len(watched.watch.cosines) == 8
+    ends = plain.model.state_dict(), watched.model.state_dict()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_figure_3_shows_an_inert_rho_and_takes_stored_runs(tmp_path, monkeypatch):
+    told = make("3", tmp_path)
+    rho = told["numbers"]["rho"]
+    assert rho["values"] == [1e-15, 0.05]
+    assert rho["mean_effects"]["effective_perturbation"] == pytest.approx([0, 1], abs=1e-3)
+    assert [len(each) for each in rho["scores"]["accuracy"] + rho["scores"]["MAP"]] == [2] * 4
+    assert told["numbers"]["tau"]["mean_effects"]["cosine"][0] > told["numbers"]["tau"]["mean_effects"]["cosine"][1]
+    assert "Up to ρ = 1e-15 less than half of the perturbation arrives" in told["caption"]
+
+    def trained(*_):
+        raise AssertionError("a stored run was made again")
+
+    monkeypatch.setattr(Training, "run", trained)
+    assert make("3", tmp_path)["numbers"] == told["numbers"]
+
+
+def test_figure_3_says_when_every_rho_arrives(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, "RHOS", (0.01, 0.05))
+    told = make("3", tmp_path, seeds=1)
+    assert told["caption"].endswith("All values of ρ arrive at the weights.")
+    assert "round chosen on validation" in told["caption"]
+
+
+def test_figure_3_by_the_papers_protocol_says_so(tmp_path):
+    told = make("3", tmp_path, seeds=1, config=figures.replace(TINY, protocol="paper"))
+    assert "round chosen on the test split, as the released scripts do" in told["caption"]
+
+
+def test_figure_4_has_the_surface_of_every_seed(tmp_path):
+    surfaces = make("4", tmp_path)["numbers"]["surfaces"]
+    assert list(surfaces) == ["MLA", "IGM without SAM", "IGM"]
+    for each in surfaces.values():
+        assert len(each["runs"]) == 2
+        assert len(each["runs"][0]["losses"]) == figures.POINTS
+        assert each["mean_rise"][0] == 0
+
+
+def test_processes_side_by_side_find_the_same(tmp_path):
+    alone, beside = (make("5a", tmp_path / str(workers), workers=workers) for workers in (1, 2))
+    assert alone["numbers"] == beside["numbers"]
+    means = alone["numbers"]["mean_singular_value"]
+    assert list(means) == ["IGM without SAM", "IGM"]
+    assert all(len(runs) == 2 for layers in means["IGM"].values() for runs in layers.values())
+    assert "layers." in alone["caption"]
+
+
+def test_figure_5c_times_every_method(tmp_path):
+    numbers = make("5c", tmp_path)["numbers"]
+    assert list(numbers) == [figures.Row(key, ("a", "b")).label for key in figures.TIMED]
+    assert numbers["joint, sum"]["ratio"] == 1
+    assert all(each["calls"] == 2 and each["seconds"] > 0 for each in numbers.values())
+
+
+def test_a_lost_process_is_told(monkeypatch):
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, workers, context, prepare):
+            super().__init__(workers)
+
+    def look(task):
+        raise concurrent.futures.process.BrokenProcessPool("gone")
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
+    with pytest.raises(ProcessLostError, match=r"^a process ended before its run did, most likely for want of memory"):
+        figures._side_by_side(look, [1, 1], 2, "lost")
+
+
+def test_warnings_are_kept_quiet_in_new_processes_and_as_they_were_afterwards(monkeypatch):
+    program = "import warnings; warnings.warn('rho = 1 is below'); warnings.warn('other')"
+    for before in (None, "error"):
+        monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+        if before:
+            monkeypatch.setenv("PYTHONWARNINGS", before)
+        with figures._without_warning_of_rho():
+            told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False).stderr
+        assert "rho" not in told.replace(program, "")
+        assert "UserWarning: other" in told
+        assert os.environ.get("PYTHONWARNINGS") == before
+
+
+def test_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^figure is '2', expected one of 1, 3, 4, 5a, 5c$"):
+        figures.figure("2", TINY, tmp_path, workers=1, command="")
+    one = SOURCE.load("toy")
+    single = figures.replace(one, train=figures.replace(one.train, inputs={"a": one.train.inputs["a"]}))
+    source = type("One", (), {"load": lambda self, name: single})()
+    with pytest.raises(ValueError, match=r"^data is 'toy' with one modality, expected two or more to compare methods$"):
+        figures.figure("1", TINY, tmp_path, workers=1, command="", source=source)
