@@ -35,7 +35,9 @@ impl<S: Stored> Loop for Mean<'_, S> {
                 }
                 n += 1.0;
             }
-            out.iter_mut().for_each(|sum| *sum /= n);
+            for sum in out.iter_mut() {
+                *sum /= n;
+            }
             first += out.len();
         }
     }

@@ -82,9 +82,12 @@ pub struct Polynomial {
     pub products: f64,
 }
 
-/// Chebyshev's coefficients of f on [centre − half, centre + half].
+/// Part of the greatest |f| below which differences of samples are rounding.
+const ROUNDING: f64 = 16.0 * f64::EPSILON;
+
+/// Chebyshev's coefficients of f on [centre − half, centre + half], how far f varies there, and what is rounding.
 #[allow(clippy::cast_precision_loss)] // small numbers
-fn chebyshev(f: &impl Fn(f64) -> f64, centre: f64, half: f64) -> Vec<f64> {
+fn chebyshev(f: &impl Fn(f64) -> f64, centre: f64, half: f64) -> (Vec<f64>, f64, f64) {
     // cos(k π (j + ½)/N), with the angle reduced exactly: the coefficients that vanish would be its rounding else
     let cosine = |j: usize, k: usize| {
         let turns = (k * (2 * j + 1)) % (4 * NODES);
@@ -93,12 +96,20 @@ fn chebyshev(f: &impl Fn(f64) -> f64, centre: f64, half: f64) -> Vec<f64> {
     let samples: Vec<f64> = (0..NODES)
         .map(|j| f(centre + half * cosine(j, 1)))
         .collect();
-    (0..NODES / 2)
+    let (low, high) = samples
+        .iter()
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), &y| {
+            (low.min(y), high.max(y))
+        });
+    let variation = high - low;
+    let rounding = ROUNDING * low.abs().max(high.abs());
+    let coefficients = (0..NODES / 2)
         .map(|k| {
             let products = samples.iter().enumerate().map(|(j, y)| y * cosine(j, k));
             products.sum::<f64>() * if k == 0 { 1.0 } else { 2.0 } / NODES as f64
         })
-        .collect()
+        .collect();
+    (coefficients, variation, rounding)
 }
 
 /// From Chebyshev's polynomials to powers of t, by `T_{k+1} = 2 t T_k − T_{k−1}`.
@@ -126,13 +137,24 @@ fn to_powers(coefficients: &[f64]) -> Vec<f64> {
 }
 
 impl Polynomial {
-    /// The polynomial of least degree that differs from f by no more than `tolerance` between the bounds; `None` if none here does.
+    /// The polynomial of least degree that differs from f by no more than `tolerance`, or rounding, between the bounds; `None` if none here does.
     pub fn of(f: impl Fn(f64) -> f64, (low, high): (f64, f64), tolerance: f64) -> Option<Self> {
         let (centre, half) = (0.5 * (low + high), 0.5 * (high - low));
-        let coefficients = chebyshev(&f, centre, half);
+        let (coefficients, variation, rounding) = chebyshev(&f, centre, half);
+        if variation <= rounding {
+            // what lies between the bounds is one number: powers of their distance would only enlarge its rounding
+            return Some(Self {
+                centre,
+                half: 0.0,
+                coefficients: vec![coefficients[0], 0.0],
+                powers: 1,
+                error: variation,
+                products: 0.0,
+            });
+        }
         DEGREES.iter().find_map(|&(degree, powers)| {
             let error: f64 = coefficients.iter().skip(degree + 1).map(|c| c.abs()).sum();
-            (error <= tolerance).then(|| Self {
+            (error <= tolerance.max(rounding)).then(|| Self {
                 centre,
                 half,
                 coefficients: to_powers(&coefficients[..=degree]),

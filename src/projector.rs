@@ -425,7 +425,7 @@ impl Job<'_> {
             Filter::Ridge(alpha) => alpha * real(self.d) * scope.high / scope.trace,
             Filter::NullSpace(a) => {
                 let threshold = if scope.low > scope.rounding {
-                    a * scope.low
+                    a * scope.low + scope.rounding
                 } else {
                     scope.rounding
                 };

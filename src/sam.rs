@@ -512,15 +512,11 @@ fn check_perturb(
             format_args!("{}, one for each of params", params.len()),
         ));
     }
-    if let Some((index, rho)) = rhos
-        .iter()
-        .enumerate()
-        .find(|(_, rho)| !rho.is_finite() || **rho < 0.0)
-    {
+    if let Some((index, rho)) = rhos.iter().enumerate().find(|(_, rho)| !rho.is_finite()) {
         return Err(Error::value(
             format_args!("rhos[{index}]"),
             rho,
-            "a finite number ≥ 0",
+            "a finite number",
         ));
     }
     let measured = aten::describe_one(norm)?;

@@ -294,11 +294,15 @@ def ridge_projector(covariance, alpha):
 
 
 def null_space_projector(covariance, a):
-    """Return T = V₀V₀ᵀ/‖V₀V₀ᵀ‖_F of the directions with λ ≤ a·λ_min (Adam-NSCL), in float64; I if Ȳ = 0."""
+    """Return T = V₀V₀ᵀ/‖V₀V₀ᵀ‖_F of the directions with λ ≤ a·λ_min (Adam-NSCL), in float64; I if Ȳ = 0.
+
+    Up to rounding, so that equal λ are of one side.
+    """
     lambdas, v = _eigenvectors(covariance)
     if lambdas.max() == 0:
         return torch.eye(len(lambdas), dtype=torch.float64)
-    v = v[:, lambdas <= a * lambdas.min()]
+    rounding = len(lambdas) * torch.finfo(torch.float64).eps * lambdas.max()
+    v = v[:, lambdas <= a * lambdas.min() + rounding]
     projector = v @ v.T
     return projector / torch.linalg.matrix_norm(projector)
 

@@ -1239,3 +1239,14 @@ def test_perturbation_below_the_resolution_is_warned_once_with_the_figure():
             opt.step(closure_for(opt, model, "audio", data[0]))
         opt.step(closure_for(opt, model, "audio", data[1]))
     assert opt.last_stats["moved"] < 0.5
+
+
+def test_a_bias_of_two_layers_is_refused_where_it_is_projected():
+    model = OwnHeads()
+    for head in model.heads.values():
+        head[2] = torch.nn.Linear(6, 6)
+        head[2].bias = head[0].bias
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"layers .*audio.* and .*audio.* have one bias.*a bias each.*augment_bias"):
+        IGMOptimizer(base, augment_bias=True, **model.options())
+    IGMOptimizer(base, **model.options())

@@ -144,6 +144,32 @@ def test_two_call_form_and_replay_perturb_alike(options):
     assert same(gradients[0], gradients[2])
 
 
+@pytest.mark.parametrize("options", [{}, {"p": math.inf}, {"adaptive": True}, {"sam_scope": "head"}], ids=str)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_what_is_maximised_is_perturbed_downhill(base, options):
+    """SAM around a base that maximises L is SAM around one that minimises −L: ε* looks for the worst on either side."""
+    ends = []
+    for sign in (1, -1):
+        torch.manual_seed(0)
+        model = OwnHeads().double()
+        given = base(model.parameters(), lr=0.05, maximize=sign == -1)
+        opt = IGMOptimizer(given, rho=0.1, tau=0.0, **model.options(), **options)
+        for x, y in batches(("audio",), 3)["audio"]:
+
+            def closure(opt=opt, model=model, x=x, y=y, sign=sign):
+                opt.zero_grad()
+                loss = sign * torch.nn.functional.cross_entropy(model("audio", x), y)
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+            told = opt.last_stats
+            assert told["loss_perturbed"] * sign > told["loss"] * sign
+            assert told["effective_perturbation"] is None or told["effective_perturbation"] == pytest.approx(1)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 @pytest.mark.parametrize(
     "options", [{"p": math.inf}, {"adaptive": True}, {"rho": {"audio": 0.05, "video": 0.1}}], ids=str
 )

@@ -31,6 +31,11 @@ OPTIONS = [
     {"skip_inert": True},
     {"tau": 0.0},
     {"rho": 0.0, "tau": 0.0},
+    {"features": "centred", "covariance": "kept"},
+    {"features": "samples", "augment_bias": True, "covariance": 0.5},
+    {"projector": "orthogonal", "covariance": "kept", "batches": 5},
+    {"projector": "ridge", "combine": "sum", "sources": "others"},
+    {"control": "random"},
 ]
 every_base = pytest.mark.parametrize("base", BASES)
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -760,6 +760,19 @@ def test_ridge_by_hand(device):
     near(made_from_rows(row, "ridge", 2.0)[0], torch.diag(matrix(1, 1 / 7, 1)))
 
 
+@pytest.mark.parametrize("route", ["svd", "eigh"])
+@pytest.mark.parametrize("a", [1.0, 2.0])
+def test_null_space_does_not_part_equal_eigenvalues(device, route, a):
+    # I + 1 1ᵀ has λ = 7, 1, …, 1: rounding must not say which of the equal ones are of the null space.
+    covariance = torch.eye(6, dtype=F64, device=device) + torch.ones(6, 6, dtype=F64, device=device)
+    top = torch.ones(6, 6, dtype=F64) / 6
+    expected = (torch.eye(6, dtype=F64) - top) / 5**0.5
+    near(made(covariance, "null_space", a, route=route)[0], expected)
+    doubled = torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=F64, device=device))
+    kept = [0.0, 0.0, 1.0] if a == 1 else [3**-0.5] * 3
+    near(made(doubled, "null_space", a, route=route)[0], torch.diag(torch.tensor(kept, dtype=F64)))
+
+
 def test_null_space_by_hand(device):
     diagonal = torch.diag(matrix(4, 1, 2)).to(device)
     near(made(diagonal, "null_space", 2.0)[0], torch.diag(matrix(0, 1, 1)) / 2**0.5)

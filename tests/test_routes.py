@@ -203,6 +203,19 @@ def test_gram_routes_agree_with_the_reference(device, route, dtype, source, d, s
     assert (lambdas >= 0).all()
 
 
+@pytest.mark.parametrize("route", FROM_ROWS)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("tau", [*TAUS, 3.0, 15.0, 40.0])
+@pytest.mark.parametrize(("rank", "r"), [(1, 7), (1, 200), (3, 40), (3, 250)])
+def test_gram_routes_of_rows_that_depend_on_each_other(device, rank, r, tau, dtype, route):
+    torch.manual_seed(rank)
+    rows = torch.randn(rank, 300, dtype=F64).repeat(r // rank, 1)
+    projector, _, report = make_from_rows(rows.to(device), "flat", tau, route=route, dtype=NAMES[dtype])
+    # in float64 the n rows, and in float32 two roundings of each factor, are added up
+    tolerance = {F64: 1e-12, F32: 2e-6}[dtype] * max(1.0, tau / 10)
+    check(projector, paper.flat_projector(rows.T @ rows, tau), tolerance, report, matrix(1.0, 0.0), tau)
+
+
 REAL = {
     "mfeat fou": lambda: mfeat("fou", 2000),
     "mfeat mor": lambda: mfeat("mor", 2000),

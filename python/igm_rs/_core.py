@@ -162,7 +162,10 @@ class Core:
         return vars(self) | scratch
 
     def moving(self, active: str) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
-        """Return the parameters of `active` that have gradients, these gradients, and ρ for each."""
+        """Return the parameters of `active` that have gradients, these gradients, and ρ for each.
+
+        ρ is negative where the base maximises: what is worse lies downhill there.
+        """
         params: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         rhos: list[float] = []
@@ -177,7 +180,8 @@ class Core:
             for key in ("rho", "tau"):  # nobody checks a group when it is changed
                 if key in group:
                     _checks.non_negative(f"{key} of a parameter group", group[key])
-            rhos += [group.get("rho", default)] * (len(params) - before)
+            rho = group.get("rho", default)
+            rhos += [-rho if group.get("maximize") else rho] * (len(params) - before)
         return params, gradients, rhos
 
     def trainable(self, active: str | None) -> int:

@@ -64,8 +64,11 @@ class Covariance:
         _igm_rs.add_rows_(total, self.buffer[self.summed : self.used])
         return total
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Append `rows` (n, G·d); rows with a NaN or an infinity are left out and counted."""
+    def add(self, rows: torch.Tensor, usable: torch.Tensor | None = None) -> None:
+        """Append `rows` (n, G·d); rows with a NaN or an infinity are left out and counted.
+
+        `usable`: a bool on the device; where it is False the rows are zeros and do not count.
+        """
         n = rows.shape[0]
         if not n:
             return
@@ -78,13 +81,13 @@ class Covariance:
             buffer = self._longer(n, rows, held_as_rows)
         before = self.used
         self.used, left_out = _igm_rs.append_rows_(buffer, before, rows)
+        added: torch.Tensor | int = self.used - before
         if isinstance(left_out, int):
-            self.count += self.used - before
-            if left_out:
-                self.left_out += left_out
+            self.left_out += left_out
         else:  # a number on the device, for which nobody waits
-            self.count = self.count + (self.used - before) - left_out
             self.left_out = self.left_out + left_out
+            added = added - left_out
+        self.count = self.count + (added if usable is None else usable * added)
         if not held_as_rows and self.used >= _MOST:
             self.flush()
 

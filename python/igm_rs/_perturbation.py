@@ -19,7 +19,7 @@ _NOTICEABLE = 0.5
 
 @dataclass
 class Climb:
-    """The weights that ε* moves, their gradients, ρ for each, and the norm that ε* is divided by."""
+    """The weights that ε* moves, their gradients, ρ for each (signed), and the norm that ε* is divided by."""
 
     params: list[torch.Tensor]
     gradients: list[torch.Tensor]
@@ -58,17 +58,18 @@ def climb_of(
     elif not whole:
         norm = gradient_norm(gradients)
     figures["climb_norm"] = norm
-    figures["rho"] = max(rhos)
+    radii = [abs(rho) for rho in rhos]
+    figures["rho"] = max(radii)
     figures["asked"] = None
     if not core.adaptive:
-        different = sorted(set(rhos))
+        different = sorted(set(radii))
         if len(different) == 1:
             figures["asked"] = core.p, [(different[0], norm)]
         elif core.p == 2:
             figures["asked"] = (
                 core.p,
                 [
-                    (rho, gradient_norm([g for g, own in zip(gradients, rhos, strict=True) if own == rho]))
+                    (rho, gradient_norm([g for g, own in zip(gradients, radii, strict=True) if own == rho]))
                     for rho in different
                 ],
             )

@@ -123,6 +123,7 @@ class Projection:
         for layer in (layer for mine in layers.values() for layer in mine):
             if layer.groups > 1 and self.options.projector == "orthogonal":
                 raise ValueError(f"projector is 'orthogonal' and layer {layer} is grouped, expected another projector")
+        self._check_biases(everyone)
         self.layers, self.sources, self.pairs = everyone, dict(sources), pairs
         for name, mine in layers.items():
             self.covariances[name] = {layer.name: self._turns(layer) for layer in mine}
@@ -130,6 +131,18 @@ class Projection:
             if self.options.projector == "orthogonal":
                 self.recursions |= {layer.name: Recursion() for layer in mine if layer.name not in self.recursions}
         self._ready.clear()
+
+    def _check_biases(self, layers: Mapping[str, list[Layer]]) -> None:
+        """Raise ValueError where T's of several layers would act on one bias: each would begin with its gradient."""
+        owners: dict[tuple[Any, ...], Layer] = {}
+        for layer in dict.fromkeys(layer for mine in layers.values() for layer in mine):
+            if layer.bias is not None and self.augmented(layer):
+                part = None if layer.bias_rows is None else (layer.bias_rows.start, layer.bias_rows.stop)
+                owner = owners.setdefault((layer.bias, part), layer)
+                if owner is not layer:
+                    raise ValueError(
+                        f"the layers {owner} and {layer} have one bias, expected a bias each with augment_bias=True"
+                    )
 
     def augmented(self, layer: Layer) -> bool:
         """Whether T of `layer` acts on its bias, too."""
@@ -178,13 +191,16 @@ class Projection:
         for turns in self.covariances[modality].values():
             turns.restart()
 
-    def add(self, modality: str, rows: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Add rows of `modality`'s layers to its Ȳ; those of other layers are passed over."""
+    def add(self, modality: str, rows: Sequence[tuple[str, torch.Tensor]], usable: torch.Tensor | None = None) -> None:
+        """Add rows of `modality`'s layers to its Ȳ; those of other layers are passed over.
+
+        `usable`: what only the device knows, whether they count; if not, they are zeros.
+        """
         mine = self.covariances[modality]
         before = self._left_out(modality)
         for name, new in rows:
             if name in mine:
-                mine[name].present.add(new)
+                mine[name].present.add(new, usable)
         self._warn_left_out(modality, self._left_out(modality) - before)
 
     def empty(self, modality: str) -> dict[str, Covariance]:
@@ -381,6 +397,8 @@ class Projection:
         recursion = self.recursions[layer.name]
         rows = everything.rows
         assert rows is not None, "the orthogonal projector keeps rows only"
+        if float(everything.count) != rows.shape[0]:
+            rows = rows[rows.any(1)]  # on a device those that do not count are zeros
         if recursion.projector is None or recursion.restart:
             P = torch.eye(everything.d, dtype=rows.dtype, device=rows.device)
         else:

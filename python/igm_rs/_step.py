@@ -501,7 +501,7 @@ class Stepper:
         if usable is not None:
             keep_where_unusable(usable, [(new, torch.zeros_like(new)) for _, new in rows])
         if not core.counters.replaced:
-            core.projection.add(active, rows)
+            core.projection.add(active, rows, usable)
         acted = core.projection.told(active)
         turn = core.counters.turns
         core.counters.unperturbed += figures["second_pass"] == "no closure"

@@ -155,9 +155,9 @@ class IGMOptimizer(torch.optim.Optimizer):
     zero or not finite, in either pass, leaves everything as it was and is counted in ``last_stats["skipped_steps"]``.
 
     On CUDA a step waits for nothing, but where it makes the base's state, ends a turn, makes T, or finds gradients of
-    several modalities outside any turn. An unusable gradient is undone on the device, and counted when that is asked
-    for or a turn ends: until then `sam_every` counts such a step, and where Adam counts its steps on the host, that
-    count goes on.
+    several modalities outside any turn; ``first_step`` and ``second_step`` wait for the norm. An unusable gradient is
+    undone on the device, and counted when that is asked for or a turn ends: until then `sam_every` counts such a step,
+    and where Adam counts its steps on the host, that count goes on.
 
     A step is taken wholly or not at all: whatever is raised in it, a KeyboardInterrupt too, weights, the base's state,
     covariances, projectors and counters are as before it, or as after it.

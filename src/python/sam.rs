@@ -60,7 +60,7 @@ pub fn gradient_norm(gradients: Ins, weights: Option<Ins>) -> PyResult<Out> {
 /// norm : torch.Tensor
 ///     0-dim tensor on the same device, see `gradient_norm`; with p=2 and `adaptive` that with weights. With p=inf it only has to be usable.
 /// rhos : list of float
-///     For each tensor the radius rho, in the unit of the weights, finite and at least 0.
+///     For each tensor the radius rho, in the unit of the weights, finite; below 0 downhill, for an objective that is maximised.
 /// measure : bool
 ///     Whether to report what the perturbation came to. A rho below the resolution of the weights' dtype moves nothing.
 /// p : float
