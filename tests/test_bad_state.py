@@ -39,6 +39,8 @@ TABLE = {
     "total of another width": (put(*COVARIANCE, "total", torch.zeros(9)), ("'total'", "audio.0", "(9,)", "(8,)")),
     "no total": (drop(*COVARIANCE, "total"), ("covariance of layer 'audio.0'", "'total'")),
     "count is text": (put(*COVARIANCE, "count", "x"), ("'count'", "'x'", "number >= 0")),
+    "more summed than there is": (put(*COVARIANCE, "summed", 10**6), ("'summed'", "1000000", "from 0 to")),
+    "summed is text": (put(*COVARIANCE, "summed", "x"), ("'summed'", "'x'", "integer")),
     "count below zero": (put(*COVARIANCE, "count", -1.0), ("'count'", "-1.0", "number >= 0")),
     "rows of another width": (put(*COVARIANCE, "rows", torch.zeros(2, 3)), ("width 3", "audio.0", "expected 8")),
     "matrix with a NaN": (put(*COVARIANCE, "matrix", NAN), ("'matrix'", "NaN", "finite")),

@@ -260,7 +260,9 @@ def test_a13_each_micro_batch_is_a_batch_of_eq_2_and_pass_2_sees_the_same():
         opt.step(closures)
     assert seen == [0, 1, 0, 1]
     expected = sum(torch.outer(row, row) for row in rows)
-    torch.testing.assert_close(opt.covariances["audio"]["audio.0"], expected, rtol=1e-14, atol=0)
+    # the means are summed in another order than torch's: entries that nearly cancel differ by rounding of their terms
+    size = expected.abs().max().item()
+    torch.testing.assert_close(opt.covariances["audio"]["audio.0"], expected, rtol=0, atol=1e-14 * size)
 
 
 @pytest.mark.parametrize("which", [1, 2])

@@ -160,11 +160,11 @@ class Covariance:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a state dict."""
-        total = self.sum()
         return {
             "rows": None if self.rows is None else self.rows.clone(),
             "matrix": None if self.matrix is None else self.matrix.clone(),
-            "total": None if total is None else total.clone(),
+            "total": None if self.total is None else self.total.clone(),
+            "summed": self.summed,
             "count": float(self.count),
             "left_out": int(self.left_out),
         }
@@ -179,7 +179,8 @@ class Covariance:
 
         self.matrix, self.total = copied(state["matrix"]), copied(state["total"])
         self.buffer = copied(state["rows"])
-        self.used = self.capacity = self.summed = 0 if self.buffer is None else self.buffer.shape[0]
+        self.used = self.capacity = 0 if self.buffer is None else self.buffer.shape[0]
+        self.summed = state.get("summed", self.used)  # of version 2 and older: all
         self.count, self.left_out = state["count"], state["left_out"]
 
     def _longer(self, n: int, like: torch.Tensor, held_as_rows: bool) -> torch.Tensor:

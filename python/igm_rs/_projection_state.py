@@ -151,7 +151,10 @@ def _check_made(layer: str, one: Any, shape: tuple[int, int]) -> None:
 
 def _check_covariance(layer: str, part: Any, shape: tuple[int, int]) -> None:
     groups, d = shape
-    _parts(f"the covariance of {layer}", part, set(Covariance(d).state()))
+    keys = set(Covariance(d).state())
+    if isinstance(part, Mapping) and "summed" not in part:  # of version 2 and older
+        keys.remove("summed")
+    _parts(f"the covariance of {layer}", part, keys)
     if part["rows"] is not None:
         _check_tensor(layer, "rows", part["rows"], (None, groups * d))
     if part["matrix"] is not None:
@@ -162,6 +165,12 @@ def _check_covariance(layer: str, part: Any, shape: tuple[int, int]) -> None:
     ):
         raise ValueError(
             f"'total' of {layer} in the state dict is {_shown(total)}, expected a tensor of shape {(groups * d,)}"
+        )
+    most = 0 if part["rows"] is None else part["rows"].shape[0]
+    summed = part.get("summed", 0)
+    if not isinstance(summed, int) or not 0 <= summed <= most:
+        raise ValueError(
+            f"'summed' of {layer} in the state dict is {summed!r}, expected an integer from 0 to {most}, the rows"
         )
     for key in ("count", "left_out"):
         if not is_number(part[key]) or part[key] < 0:
