@@ -1,4 +1,4 @@
-"""The demonstration on recorded data: IGM beside its alternatives, each trained and tuned alike.
+"""The paper's experiments on real data: methods, tables and figures, all trained and tuned alike.
 
-``python -m igm_rs.experiments`` runs it. Needs the extra ``igm-rs[experiments]``; nothing in the core imports it.
+The command ``igm-rs`` runs them. Needs the extra ``igm-rs[experiments]``; nothing in the core imports it.
 """
