@@ -9,7 +9,7 @@ use crate::passes::{mirror_, survey, without_direction, Survey};
 use crate::polynomial::{symmetric_product, Polynomial};
 use crate::spectrum::{
     check_finite, check_full_precision, check_square, check_symmetric, eigh, epsilon, extremes,
-    lanczos, largest, least, real, svd, Greatest,
+    lanczos, largest, least, real, svd, Greatest, Start,
 };
 
 /// How a spectrum is gone about.
@@ -188,6 +188,7 @@ fn dominant(
     let enough = |value: f64, residual: f64| tau.max(1.0) * residual <= accuracy * value;
     let top = lanczos(
         (d, Kind::Double, info),
+        Start::Whole,
         MOST_STEPS,
         apply,
         |value, residual, _| enough(value, residual),
@@ -210,9 +211,10 @@ impl Deflated {
         let apply = |v: &Tensor| Ok(rest.f_mv(v)?);
         let second = lanczos(
             (d, Kind::Float, info),
+            Start::Rest,
             NORM_STEPS,
             apply,
-            |value, residual, _| residual <= 0.02 * value,
+            |value, residual, _| residual <= 0.005 * value,
         )?;
         // Ritz values come from below; what they miss is far less than this margin, and the polynomial does not break off outside
         let low = low / top.value;

@@ -174,10 +174,23 @@ pub struct Greatest {
     pub steps: i64,
 }
 
+/// Which numbers Lanczos's method begins with: what is left of a matrix must not be searched from where its dominant direction was found,
+/// since an eigenvalue that is there twice shows only one direction to each start.
+#[derive(Clone, Copy)]
+pub enum Start {
+    /// Of a matrix as it is.
+    Whole,
+    /// Of what is left without its dominant direction.
+    Rest,
+}
+
 /// Numbers between −1 and 1 that are the same each time and have no pattern: the start of Lanczos's method.
 #[allow(clippy::cast_precision_loss)] // 53 bits are kept
-fn start(d: i64) -> Result<Vec<f64>> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+fn numbers(d: i64, start: Start) -> Result<Vec<f64>> {
+    let mut state = match start {
+        Start::Whole => 0x9e37_79b9_7f4a_7c15_u64,
+        Start::Rest => 0xd1b5_4a32_d192_ed03_u64,
+    };
     let size = usize::try_from(d).map_err(|_| Error::value("d", d, "a size"))?;
     Ok((0..size)
         .map(|_| {
@@ -215,12 +228,13 @@ fn tridiagonal(diagonal: &[f64], beside: &[f64]) -> Result<(Vec<f64>, Tensor)> {
 /// It ends after `most` applications, or as soon as `enough(θ, residual, error)`.
 pub fn lanczos(
     (d, kind, info): (i64, Kind, &Info),
+    start: Start,
     most: i64,
     apply: impl Fn(&Tensor) -> Result<Tensor>,
     enough: impl Fn(f64, f64, f64) -> bool,
 ) -> Result<Greatest> {
     let most = most.min(d);
-    let mut vector = Tensor::f_from_slice(&start(d)?)?.f_to_device(info.home())?;
+    let mut vector = Tensor::f_from_slice(&numbers(d, start)?)?.f_to_device(info.home())?;
     vector = vector
         .f_div(&vector.f_norm()?)?
         .f_to_dtype(kind, false, false)?;
@@ -299,9 +313,13 @@ pub fn least(
     };
     // of A⁻¹ the greatest is μ = 1/λ_min; an error e of μ is one of e/μ² of λ_min
     let near = |value: f64, error: f64| value > 0.0 && error / (value * value) <= tolerance;
-    let found = lanczos((d, kind, info), 24, solve, |value, _, error| {
-        near(value, error)
-    })?;
+    let found = lanczos(
+        (d, kind, info),
+        Start::Whole,
+        24,
+        solve,
+        |value, _, error| near(value, error),
+    )?;
     Ok(near(found.value, found.error).then(|| 1.0 / found.value))
 }
 

@@ -332,6 +332,32 @@ def test_flat_spectrum_in_a_random_basis_gives_the_identity(device, route, d):
     assert torch.equal(projector, torch.eye(d, dtype=F64))
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(
+    "lambdas",
+    [
+        [1.0, 1.0, 0.75],
+        [1.0, 1.0, 0.5],
+        [1.0, 1.0, 1.0, 0.5],
+        [3.0, 3.0, 1.0, 1.0],
+        [1.0, 1.0, 0.0],
+        [2.0, 2.0, 2.0, 1.0, 0.5],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("d", [0, 170])
+def test_a_greatest_eigenvalue_that_is_there_twice(device, lambdas, d, dtype):
+    # Taken out along one direction it is still there along another, which a search from the same start would not see.
+    for seed in range(10):
+        spectrum = torch.tensor([*lambdas, *[lambdas[-1]] * max(0, d - len(lambdas))], dtype=F64)
+        covariance = with_spectrum(spectrum, seed)
+        for tau in (0.4, 1.0, 10.0):
+            expected, tolerance = paper.flat_projector(covariance, tau), allowed(dtype, tau, spectrum)
+            for route in ("polynomial", "auto"):
+                projector, _, report = make(covariance.to(device), "flat", tau, route=route, dtype=NAMES[dtype])
+                check(projector, expected, tolerance, report, spectrum, tau)
+
+
 @pytest.mark.parametrize("route", DENSE)
 @pytest.mark.parametrize("width", [3e-16, 1e-15, 1e-12, 1e-9, 1e-6, 1e-4, 1e-3, 9e-3, 0.02])
 @pytest.mark.parametrize("d", [2, 6, 12])
