@@ -137,7 +137,7 @@ impl Filter {
     }
 
     /// What λ must not exceed to be of the null space: `a λ_min`, or 0 where λ_min counts as 0; both up to rounding, which must not part equals.
-    fn threshold(self, scope: &Scope) -> f64 {
+    pub fn threshold(self, scope: &Scope) -> f64 {
         match self {
             Self::NullSpace(a) if scope.low > scope.rounding => a * scope.low + scope.rounding,
             _ => scope.rounding,

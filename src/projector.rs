@@ -425,12 +425,8 @@ impl Job<'_> {
         let steepness = match self.wish.filter {
             Filter::Flat(tau) => tau * scope.high / (scope.high - scope.low),
             Filter::Ridge(alpha) => alpha * real(self.d) * scope.high / scope.trace,
-            Filter::NullSpace(a) => {
-                let threshold = if scope.low > scope.rounding {
-                    a * scope.low + scope.rounding
-                } else {
-                    scope.rounding
-                };
+            Filter::NullSpace(_) => {
+                let threshold = self.wish.filter.threshold(scope);
                 let below = count_up_to(values, threshold)?;
                 let n = aten::describe_one(values)?.sizes[0];
                 if below == n {

@@ -30,7 +30,7 @@ from .data import DataSet
 from .methods import Row
 from .networks import Branches
 from .page import FIGURES
-from .running import Job, ProcessLostError, Source, provenance, run_all, tune
+from .running import Job, Source, provenance, run_all, tune, watched
 from .training import CHOSEN_BY, Training, batch_stream, take_step
 
 __all__ = ["SEEDS", "figure"]
@@ -230,17 +230,9 @@ def _side_by_side(look: Callable[[Task], Found], tasks: Sequence[Task], workers:
     with concurrent.futures.ProcessPoolExecutor(min(workers, len(tasks)), context, _prepare) as pool:
         futures = [pool.submit(look, task) for task in tasks]
         done = concurrent.futures.as_completed(futures)
-        try:
+        with watched(others):
             for each in tqdm(done, total=len(tasks), desc=words, unit="run", dynamic_ncols=True):
                 each.result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise ProcessLostError(
-                "a process ended before its run did, most likely for want of memory: try again with --workers 1"
-            ) from error
-        except BaseException:
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-            raise
     return [each.result() for each in futures]
 
 

@@ -63,6 +63,7 @@ __all__ = [
     "run_job",
     "tune",
     "versions",
+    "watched",
 ]
 
 SAVE_EVERY = 10.0
@@ -539,6 +540,27 @@ def _run_here(
     return out
 
 
+@contextmanager
+def watched(others: set[Any]) -> Iterator[None]:
+    """Within a pool of processes: say so if one is gone; end all but `others` when anything else is raised.
+
+    Raises
+    ------
+    ProcessLostError
+        If a process dies, for instance for want of memory.
+    """
+    try:
+        yield
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise ProcessLostError(
+            "a process ended before its run did, most likely for want of memory: try again with --workers 1"
+        ) from error
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+
+
 def _run_beside(
     tasks: Sequence[_Task], workers: int, show: Callable[[Told], None], interrupted: Callable[[], bool]
 ) -> list[RunRecord | None]:
@@ -551,7 +573,7 @@ def _run_beside(
         order = sorted(range(len(tasks)), key=lambda index: -tasks[index].job.passes)
         futures = {index: pool.submit(_run_in_worker, index, tasks[index]) for index in order}
         waiting = set(futures.values())
-        try:
+        with watched(others):
             while waiting:
                 finished, waiting = concurrent.futures.wait(waiting, timeout=0.1, return_when="FIRST_EXCEPTION")
                 for future in finished:
@@ -562,14 +584,6 @@ def _run_beside(
                     stop.set()
                     for future in waiting:
                         future.cancel()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise ProcessLostError(
-                "a process ended before its run did, most likely for want of memory: try again with --workers 1"
-            ) from error
-        except BaseException:
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-            raise
         _drain(told, show)
         return [None if futures[index].cancelled() else futures[index].result() for index in range(len(tasks))]
 
