@@ -228,6 +228,14 @@ def test_watch_refuses():
         analysis.Cosines().of("both")
 
 
+def test_steps_without_a_projector_have_no_modified_gradient():
+    seen = analysis.Cosines([1, 2], ["b", "b"], ["a", "a"], [0.5, 0.4], [0.5, 0.4], [1.0, 1.0], [False, False])
+    found = analysis.GradientCosines({"early": seen})
+    assert (found.median("early", "before"), found.median("early", "after")) == (0.45, None)
+    assert "no T acted in these steps" in [text.get_text() for text in found.draw(which="after").texts]
+    assert "no layers of one shape to compare" not in [text.get_text() for text in found.draw(which="before").texts]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Figure 4
 
@@ -362,6 +370,24 @@ def test_several_runs_are_summed_up_by_distance():
         analysis.compare_surfaces({"IGM": runs, "MLA": other})
     with pytest.raises(ValueError, match=r"^surfaces\['IGM'\] is empty, expected one entry or more$"):
         analysis.compare_surfaces({"IGM": []})
+
+
+def test_contours_of_a_rise_begin_at_the_weights_and_are_no_finer_than_the_grid():
+    offsets = np.linspace(-1, 1, 21)
+    bowl = offsets[:, None] ** 2 + offsets[None, :] ** 2 + 0.3 * offsets[:, None]  # lowest beside the weights
+    surface = analysis.LossSurface(offsets, bowl, 0)
+    levels = analysis.compare_surfaces({"IGM": surface}).levels()
+    highest = np.quantile(bowl, 0.98)
+    assert levels[0] == 0
+    assert levels[[1, -1]] == pytest.approx([highest / 40, highest])
+    assert np.diff(np.log(levels[1:])) == pytest.approx(np.diff(np.log(levels[1:3]))[0])
+    ax = surface.draw(rise=True)
+    (filled, _) = ax.collections
+    assert filled.levels == pytest.approx(levels)
+    assert filled.extend == "both"  # lower than at the weights has a colour of its own
+    own = surface.draw().collections[0]
+    assert own.levels[0] == pytest.approx(bowl.min())
+    assert own.extend == "max"
 
 
 def test_a_surface_that_is_flat_or_runs_to_infinity_can_be_drawn(tmp_path):
@@ -510,7 +536,7 @@ def test_timing_refuses():
         analysis.training_time({})
     with pytest.raises(ValueError, match=r"^seconds is 0, expected a finite number > 0$"):
         analysis.training_time({"SGD": lambda: None}, seconds=0)
-    with pytest.raises(ValueError, match=r"^calls is 0, expected an integer"):
+    with pytest.raises(ValueError, match=r"^calls is 0, expected a finite number > 0$"):
         analysis.training_time({"SGD": lambda: None}, calls=0)
 
 

@@ -69,7 +69,9 @@ def test_figure_1_has_the_cosines_of_every_method(tmp_path):
     assert [len(each["after"]) for each in cosines.values()] == [16, 16, 16, 8]
     assert told["numbers"]["learning_rates"] == dict.fromkeys(cosines, 0.03)
     assert told["seeds"] == [TINY.first_seed, TINY.first_seed + 1]
-    assert f"MLA {cosines['MLA']['median']['after']:.3f}" in told["caption"]
+    medians = (f"{cosines['MLA']['median'][which]:.3f}" for which in ("before", "after", "change"))
+    assert f"MLA {' / '.join(medians)};" in told["caption"]
+    assert told["caption"].endswith("Learning rate 0.03.")
 
 
 def test_a_watched_training_is_the_same_training():
@@ -111,9 +113,21 @@ def test_figure_3_by_the_papers_protocol_says_so(tmp_path):
     assert "round chosen on the test split, as the released scripts do" in told["caption"]
 
 
+def test_a_value_of_the_sweep_that_is_the_configurations_is_the_run_of_the_tables(tmp_path, monkeypatch):
+    jobs = []
+    run_all = figures.run_all
+    monkeypatch.setattr(
+        figures, "run_all", lambda given, *rest, **named: jobs.extend(given) or run_all(given, *rest, **named)
+    )
+    make("3", tmp_path, seeds=1)
+    assert [job.row.key for job in jobs] == ["igm", "igm-tau-100", "igm-rho-1e-15"]
+
+
 def test_figure_4_has_the_surface_of_every_seed(tmp_path):
-    surfaces = make("4", tmp_path)["numbers"]["surfaces"]
-    assert list(surfaces) == ["MLA", "IGM without SAM", "IGM"]
+    told = make("4", tmp_path)
+    assert "on 96 of 96 examples" in told["caption"]
+    surfaces = told["numbers"]["surfaces"]
+    assert list(surfaces) == ["MLA", "IGM without SAM", "IGM", "turns"]
     for each in surfaces.values():
         assert len(each["runs"]) == 2
         assert len(each["runs"][0]["losses"]) == figures.POINTS
@@ -126,7 +140,28 @@ def test_processes_side_by_side_find_the_same(tmp_path):
     means = alone["numbers"]["mean_singular_value"]
     assert list(means) == ["IGM without SAM", "IGM"]
     assert all(len(runs) == 2 for layers in means["IGM"].values() for runs in layers.values())
-    assert "layers." in alone["caption"]
+    pairs = [
+        list(zip(means["IGM"][name][layer], runs, strict=True))
+        for name, layers in means["IGM without SAM"].items()
+        for layer, runs in layers.items()
+    ]
+    learned = [runs for runs in pairs if any(one != two for one, two in runs)]
+    lower = sum(sum(one for one, _ in runs) < sum(two for _, two in runs) for runs in learned)
+    every = sum(all(one < two for one, two in runs) for runs in learned)
+    assert f"in {lower} of {len(learned)} layers, in {every} of them in every run." in alone["caption"]
+    assert len(pairs) - len(learned) == 2  # each modality's first layer
+    assert "The 2 layers that see the data themselves are equal and not counted." in alone["caption"]
+
+
+def test_with_and_without_sam_are_compared_at_one_learning_rate(tmp_path):
+    config = load_config("toy", {"steps": 4, "turn_steps": 2, "batch_size": 16, "rates": [0.001, 0.3]})
+    for name in ("4", "5a"):
+        rates = make(name, tmp_path, seeds=1, config=config)["numbers"]["learning_rates"]
+        assert rates["IGM without SAM"] == rates["IGM"]
+    tuned = json.loads(next((tmp_path / "tuning").rglob("igm.json")).read_text())["tried"]
+    best = max(tuned, key=lambda each: sum(each["validation_accuracy"].values()))
+    assert rates["IGM"] == best["learning_rate"]
+    assert not list((tmp_path / "tuning").rglob("igm-no-sam.json"))
 
 
 def test_figure_5c_times_every_method(tmp_path):
@@ -134,6 +169,12 @@ def test_figure_5c_times_every_method(tmp_path):
     assert list(numbers) == [figures.Row(key, ("a", "b")).label for key in figures.TIMED]
     assert numbers["joint, sum"]["ratio"] == 1
     assert all(each["calls"] == 2 and each["seconds"] > 0 for each in numbers.values())
+
+
+def test_figure_5c_counts_a_short_last_round_as_the_part_that_it_is(tmp_path):
+    config = load_config("toy", {"steps": 3, "turn_steps": 2, "batch_size": 16, "learning_rate": 0.03})
+    numbers = make("5c", tmp_path, config=config)["numbers"]
+    assert all(each["calls"] == 1.5 for each in numbers.values())
 
 
 def test_a_lost_process_is_told(monkeypatch):

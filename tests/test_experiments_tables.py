@@ -526,7 +526,12 @@ def stored(folder):
     first.write(folder / "tables")
     (folder / "figures").mkdir()
     (folder / "figures" / "figure-3-watch.png").write_bytes(b"")
-    told = {"command": "igm-rs figure 3 --data watch", "caption": "A sweep."}
+    told = {
+        "command": "igm-rs figure 3 --data watch",
+        "caption": "A sweep.",
+        "versions": {"torch": "9"},
+        "revision": "abc",
+    }
     (folder / "figures" / "figure-3-watch.json").write_text(json.dumps(told))
     (folder / "findings.md").write_text("## Findings\n\nNothing helps.\n")
     return first
@@ -550,6 +555,7 @@ def test_page_has_every_table_and_picture_under_its_command(tmp_path):
     assert first.grids[0].markdown() not in folded
     assert first.grids[1].markdown() in folded
     assert text.count("Budget: few steps.") == 1
+    assert "figure-3-watch: made with torch 9 at revision abc." in text
     assert page.page(tmp_path) == text
 
 

@@ -28,7 +28,7 @@ Which = Literal["before", "after", "change"]
 TITLES: dict[Which, str] = {
     "before": "cosine of the new modality's gradient, as it is,\nwith the old modality's",
     "after": "cosine of the new modality's gradient, modified,\nwith the old modality's",
-    "change": "cosine of the new modality's gradient\nbefore and after modification",
+    "change": "cosine of the new modality's gradient before and\nafter modification (SAM's part included)",
 }
 """What the horizontal axis says."""
 
@@ -89,10 +89,10 @@ class Cosines:
         return out
 
     def of(self, which: Which) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Return one of the three, (n,), without NaNs; of projected steps only, if there are any."""
+        """Return one of the three, (n,), without NaNs, of projected steps; ``before`` of all if none was projected."""
         values = np.asarray(getattr(self, _checks.choice("which", which, tuple(TITLES))), dtype=np.float64)
         mask = np.asarray(self.projected, dtype=bool)
-        chosen = values[mask] if mask.any() else values
+        chosen = values if which == "before" and not mask.any() else values[mask]
         return chosen[np.isfinite(chosen)]
 
 
@@ -287,8 +287,9 @@ class GradientCosines(Picture):
             ax.stairs(ground + 0.72 * share / tallest, edges, baseline=ground, fill=True, color=colour, alpha=0.75)
             ax.axhline(ground, color="black", linewidth=0.6)
             if not values[label].size:
-                ax.text(0.5, ground + 0.3, "no layers of one shape to compare", transform=ax.get_yaxis_transform(),
-                        ha="center", fontsize=8.5)  # fmt: skip
+                acted = which == "before" or any(self.series[label].projected)
+                words = "no layers of one shape to compare" if acted else "no T acted in these steps"
+                ax.text(0.5, ground + 0.3, words, transform=ax.get_yaxis_transform(), ha="center", fontsize=8.5)
                 continue
             median = float(np.median(values[label]))
             ax.plot([median, median], [ground, ground + 0.92], color="black", linewidth=1.2)

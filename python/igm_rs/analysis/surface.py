@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,8 +23,11 @@ __all__ = ["LossSurface", "LossSurfaces", "compare_surfaces", "loss_surface"]
 
 Floats = npt.NDArray[np.float64]
 
-LEVELS = 14
+LEVELS = 12
 """Contour lines of a surface."""
+
+FINEST = 40
+"""The first contour lies at this part of the highest rise: finer ones would lie within one cell of the grid."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class LossSurface(Picture):
         ax : Axes, optional
             Where; a new figure by default.
         levels : array, optional
-            The loss at each contour, ascending; for several surfaces the same, to compare them. Spread over this
-            surface's own losses by default, in equal steps of the logarithm.
+            The loss, or its rise, at each contour, ascending; for several surfaces the same, to compare them. Spread
+            over this surface's own by default, in equal steps of the logarithm.
         rise : bool
             Draw how far the loss lies above that at the weights, and not the loss itself: what flatness is about.
         """
@@ -103,10 +105,11 @@ class LossSurface(Picture):
         from matplotlib.colors import BoundaryNorm
 
         heights = self.losses - self.centre if rise else self.losses
-        chosen = np.asarray(_levels([heights]) if levels is None else levels, dtype=np.float64)
+        chosen = np.asarray(_levels([heights], rise=rise) if levels is None else levels, dtype=np.float64)
         shown = np.clip(np.nan_to_num(heights.T, nan=np.inf, posinf=np.inf), None, chosen[-1] + 1)
-        norm = BoundaryNorm(chosen, 256, extend="max")
-        filled = ax.contourf(self.offsets, self.offsets, shown, levels=chosen, cmap="cividis", norm=norm, extend="max")
+        beyond: Literal["max", "both"] = "both" if (shown < chosen[0]).any() else "max"
+        norm = BoundaryNorm(chosen, 256, extend=beyond)
+        filled = ax.contourf(self.offsets, self.offsets, shown, levels=chosen, cmap="cividis", norm=norm, extend=beyond)
         ax.contour(self.offsets, self.offsets, shown, levels=chosen, colors="white", linewidths=0.5, alpha=0.7)
         ax.plot([0], [0], "+", color="white", markersize=10, markeredgewidth=2)
         ax.set_aspect("equal")
@@ -145,7 +148,7 @@ class LossSurfaces(Picture):
 
     def levels(self) -> Floats:
         """Return contour levels that fit the rise of the first surface of every name, for :meth:`LossSurface.draw`."""
-        return _levels([mine[0].losses - mine[0].centre for mine in self.surfaces.values()])
+        return _levels([mine[0].losses - mine[0].centre for mine in self.surfaces.values()], rise=True)
 
     def rise(self, label: str) -> list[float]:
         """Return by how much the loss of each run has risen on average at the edge, the farthest whole ring."""
@@ -285,8 +288,8 @@ def _number(value: Tensor | float) -> float:
     return float(value)
 
 
-def _levels(surfaces: Sequence[Floats]) -> Floats:
-    """Return levels from the lowest loss to the highest, in equal steps of the logarithm of what lies above the lowest.
+def _levels(surfaces: Sequence[Floats], *, rise: bool) -> Floats:
+    """Return levels from the lowest loss (of a rise: from 0) up, in equal steps of the logarithm of what lies above it.
 
     So that the middle, which is what is looked at, has contours too where the corners are far up.
     """
@@ -294,9 +297,7 @@ def _levels(surfaces: Sequence[Floats]) -> Floats:
     every = every[np.isfinite(every)]
     if not every.size:
         return np.linspace(0.0, 1.0, LEVELS)
-    low, high = float(every.min()), float(np.quantile(every, 0.98))
+    low, high = 0.0 if rise else float(every.min()), float(np.quantile(every, 0.98))
     if high - low <= 1e-9 * max(1.0, abs(low)):
         return low + np.linspace(0.0, 1.0, LEVELS) * max(1.0, abs(low)) * 1e-6
-    smallest = max((high - low) / 200, 1e-9)
-    rises = np.exp(np.linspace(math.log(smallest), math.log(high - low), LEVELS - 1))
-    return np.concatenate([[low], low + rises])
+    return np.concatenate([[low], low + np.geomspace((high - low) / FINEST, high - low, LEVELS - 1)])

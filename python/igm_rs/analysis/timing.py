@@ -33,12 +33,12 @@ class TrainingTime(Picture):
     ----------
     seconds : dict of str to list of float
         By method, wall time of each measured call in seconds.
-    calls : int
+    calls : float
         How many calls a whole training has; the picture shows the time of so many.
     """
 
     seconds: dict[str, list[float]]
-    calls: int = 1
+    calls: float = 1
 
     @property
     def size(self) -> tuple[float, float]:  # type: ignore[override]
@@ -48,6 +48,11 @@ class TrainingTime(Picture):
     def median(self, label: str) -> float:
         """Return the median time of a whole training of one method, in seconds."""
         return self.calls * median(self.seconds[label])
+
+    @property
+    def unit(self) -> str:
+        """In what the picture shows time: ``s``, or ``ms`` where no method takes a second."""
+        return "s" if max(map(self.median, self.seconds)) >= 1 else "ms"
 
     def ratio(self, label: str) -> float:
         """Return how many times as long as the first method this one takes."""
@@ -67,7 +72,8 @@ class TrainingTime(Picture):
         }
 
     def _paint(self, ax: Axes) -> None:
-        unit, factor = ("s", 1.0) if max(map(self.median, self.seconds)) >= 1 else ("ms", 1e3)
+        unit = self.unit
+        factor = 1.0 if unit == "s" else 1e3
         labels = list(self.seconds)
         for place, label in enumerate(labels):
             low, high = factor * self.calls * np.quantile(self.seconds[label], (0.25, 0.75))
@@ -80,7 +86,7 @@ class TrainingTime(Picture):
         ax.set_yticks(range(len(labels)), labels)
         ax.set_ylim(len(labels) - 0.4, -0.6)
         ax.set_xlim(0, 1.4 * max(factor * self.median(label) for label in labels))
-        what = "a step" if self.calls == 1 else f"{self.calls} calls"
+        what = "a step" if self.calls == 1 else f"{self.calls:g} calls"
         ax.set_xlabel(f"time of {what} ({unit}): median, line = quartiles")
         bare(ax, "top", "right", "left")
         ax.grid(visible=False, axis="y")
@@ -88,7 +94,7 @@ class TrainingTime(Picture):
 
 
 def training_time(
-    steps: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, calls: int = 1, progress: bool = True
+    steps: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, calls: float = 1, progress: bool = True
 ) -> TrainingTime:
     """Return what a training step of each method costs (Fig. 5 c).
 
@@ -101,8 +107,8 @@ def training_time(
         By method what takes its next training step; it really trains. The first is the one that others are compared to.
     seconds : float
         About how long each method is measured in all, > 0.
-    calls : int
-        How many calls make a whole training, for the picture; 1 shows the time of a step.
+    calls : float
+        How many calls make a whole training, for the picture, > 0; 1 shows the time of a step.
     progress : bool
         Whether a progress bar is shown.
 
@@ -118,7 +124,7 @@ def training_time(
     """
     check_labels("steps", steps)
     _checks.positive("seconds", seconds)
-    _checks.positive_integer("calls", calls)
+    _checks.positive("calls", calls)
     for step in steps.values():
         step()
     taken: dict[str, list[float]] = {label: [] for label in steps}

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from matplotlib.figure import Figure as Canvas
@@ -31,7 +31,7 @@ from .methods import Row
 from .networks import Branches
 from .page import FIGURES
 from .running import Job, Source, provenance, run_all, tune, watched
-from .training import CHOSEN_BY, Training, batch_stream, take_step
+from .training import Training, batch_stream, take_step
 
 __all__ = ["SEEDS", "figure"]
 
@@ -41,7 +41,7 @@ SEEDS = {"1": 2, "3": 2, "4": 3, "5a": 5, "5c": 1}
 WATCHED = 5
 """Figure 1 looks at every so many steps."""
 
-POINTS = 15
+POINTS = 21
 """Points along each direction of a loss surface."""
 
 EXAMPLES = 512
@@ -49,6 +49,9 @@ EXAMPLES = 512
 
 SCORED = {"accuracy": "accuracy", "map": "MAP"}
 """Measures of Figure 3, with their names there."""
+
+FUSED = "mean"
+"""Fusion whose scores they are."""
 
 TOLD = ("effective_perturbation", "cosine")
 """What a run keeps of what its steps did: means over the last steps of its turns."""
@@ -202,11 +205,15 @@ class Task:
 
 
 def _all(
-    order: Order, keys: Sequence[str], look: Callable[[Task], Found], words: str
+    order: Order, keys: Mapping[str, str], look: Callable[[Task], Found], words: str
 ) -> tuple[dict[str, list[Found]], dict[str, float]]:
-    """Train the rows of these methods with every seed; return what was found in each, and the rates, by label."""
+    """Train the rows of these methods with every seed; return what was found in each, and the rates, by label.
+
+    `keys` has beside each method the one that it shares its learning rate with, which may be itself.
+    """
     rows = [order.row(key) for key in keys]
-    rates = order.rates(rows)
+    of_tuned = order.rates([order.row(key) for key in dict.fromkeys(keys.values())])
+    rates = {row: of_tuned[order.row(keys[row.method])] for row in rows}
     tasks = [
         Task(order.config, row, seed, rates[row], order.source) for row in rows for seed in order.config.final_seeds
     ]
@@ -279,25 +286,35 @@ def _cosines(task: Task) -> analysis.Cosines:
 
 def _figure_1(order: Order) -> Made:
     keys = ("mla", "igm-no-sam", "igm", "igm-shared")
-    found, rates = _all(order, keys, _cosines, "figure 1: trainings, gradients looked at")
+    found, rates = _all(order, {key: key for key in keys}, _cosines, "figure 1: trainings, gradients looked at")
     result = analysis.GradientCosines({label: analysis.Cosines.joined(each) for label, each in found.items()})
 
     def paint(canvas: Canvas) -> None:
-        left, right = canvas.subplots(1, 2)
-        result.draw(left, which="after")
-        result.draw(right, which="change")
-        right.set_yticks([])
+        kinds: tuple[Literal["before", "after", "change"], ...] = ("before", "after", "change")
+        places = canvas.subplots(1, 3)
+        for ax, which in zip(places, kinds, strict=True):
+            result.draw(ax, which=which)
+        left, middle, right = places
+        ends = [*left.get_xlim(), *middle.get_xlim()]
+        for ax in (left, middle):
+            ax.set_xlim(min(ends), max(ends))
+        for ax in (middle, right):
+            ax.set_yticks([])
 
-    medians = {label: (result.median(label, "after"), result.median(label, "change")) for label in found}
-    said = "; ".join(f"{label} {_number(after)} and {_number(change)}" for label, (after, change) in medians.items())
+    medians = {
+        label: " / ".join(_number(result.median(label, which)) for which in ("before", "after", "change"))
+        for label in found
+    }
+    said = "; ".join(f"{label} {words}" for label, words in medians.items())
     caption = (
         f"Cosines in every {WATCHED}th step of {_runs(order)} of each method, once there is a T. Left: the gradient of "
-        "the modality that is trained, as modified, with that of the modality whose T modified it, on the same batch "
-        "(own heads: entry by entry, where chance gives 0). Right: the former before and after modification, 1 where "
-        f"that does nothing. Medians, left and right: {said}."
+        "the modality that is trained, as it is, with that of the modality whose T modifies it, on the same batch (own "
+        "heads: entry by entry, where chance gives 0). Middle: the same, modified. Right: the gradient before and "
+        "after modification, 1 where that does nothing; SAM's part is in it. Medians from left to right: "
+        f"{said}. {_rates(rates)}"
     )
     numbers = {"learning_rates": rates, "cosines": result.numbers()}
-    return Made((10.5, result.size[1] + 0.3), paint, numbers, caption)
+    return Made((15.0, result.size[1] + 0.3), paint, numbers, caption)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,15 +326,17 @@ def _figure_3(order: Order) -> Made:
     igm = order.row("igm")
     rate = order.rates([igm])[igm]
     rows = {
-        (parameter, value): order.row("igm", **{parameter: value})
+        (parameter, value): igm if value == getattr(order.config, parameter) else order.row("igm", **{parameter: value})
         for parameter, grid in grids.items()
         for value in grid
     }
-    jobs = [Job(order.config, row, seed, rate, True) for row in rows.values() for seed in order.config.final_seeds]
+    different = list(dict.fromkeys(rows.values()))
+    jobs = [Job(order.config, row, seed, rate, True) for row in different for seed in order.config.final_seeds]
     with _without_warning_of_rho():
         records = run_all(jobs, order.out, order.workers, "figure 3: sweeps", resume=order.resume, source=order.source)
     count = order.config.seeds
-    by_place = {place: records[at * count : (at + 1) * count] for at, place in enumerate(rows)}
+    by_row = {row: records[at * count : (at + 1) * count] for at, row in enumerate(different)}
+    by_place = {place: by_row[row] for place, row in rows.items()}
     sweeps = [
         _sweep(parameter, {value: by_place[parameter, value] for value in grid}) for parameter, grid in grids.items()
     ]
@@ -335,8 +354,8 @@ def _figure_3(order: Order) -> Made:
         else "All values of ρ arrive at the weights."
     )
     caption = (
-        f"IGM, test accuracy and MAP of the {CHOSEN_BY} fusion at the {_chosen(order)}; small dots are the seeds of "
-        f"{_runs(order)}, the learning rate is that of IGM. Black, right axes: what the value did. Accuracy goes from "
+        f"IGM, test accuracy and MAP of the {FUSED} fusion at the {_chosen(order)}; small dots are the seeds of "
+        f"{_runs(order)}, at IGM's learning rate, {rate:g}. Black, right axes: what the value did. Accuracy goes from "
         f"{min(means['tau']):.1f} to {max(means['tau']):.1f} % over τ and from {min(means['rho']):.1f} to "
         f"{max(means['rho']):.1f} % over ρ. {arrives}"
     )
@@ -366,7 +385,7 @@ def _sweep(parameter: str, runs: Mapping[float, Sequence[Mapping[str, Any]]]) ->
         parameter,
         list(runs),
         {
-            words: [[run["chosen"]["scores"][measure][CHOSEN_BY] for run in each] for each in runs.values()]
+            words: [[run["chosen"]["scores"][measure][FUSED] for run in each] for each in runs.values()]
             for measure, words in SCORED.items()
         },
         {
@@ -384,7 +403,7 @@ def _surface(task: Task) -> analysis.LossSurface:
     training = task.training(Training)
     training.run()
     split, names = training.data.train, training.row.modalities
-    chosen = torch.arange(len(split))[:: -(-len(split) // EXAMPLES)]
+    chosen = _shown_examples(len(split))
     inputs = {name: values[chosen] for name, values in split.inputs.items()}
     losses = _losses(training.model, names, inputs, split.labels[chosen])
 
@@ -394,22 +413,31 @@ def _surface(task: Task) -> analysis.LossSurface:
     return analysis.loss_surface(training.model, loss, points=POINTS, progress=False)
 
 
+def _shown_examples(count: int) -> Tensor:
+    """Return which of so many training examples a surface is made of."""
+    return torch.arange(count)[:: -(-count // EXAMPLES)]
+
+
 def _figure_4(order: Order) -> Made:
-    found, rates = _all(order, ("mla", "igm-no-sam", "igm"), _surface, "figure 4: trainings and surfaces")
+    keys = {"mla": "mla", "igm-no-sam": "igm", "igm": "igm", "turns": "igm"}
+    found, rates = _all(order, keys, _surface, "figure 4: trainings and surfaces")
     result = analysis.compare_surfaces(found)
 
     def paint(canvas: Canvas) -> None:
         *places, last = canvas.subplots(2, 2).flat
-        for ax, (label, mine) in zip(places, found.items(), strict=True):
+        for ax, (label, mine) in zip(places, found.items(), strict=False):
             mine[0].draw(ax, levels=result.levels(), rise=True)
             ax.set_title(f"{label}: loss {mine[0].centre:.3f} at the weights", fontsize=10)
         result.draw(last)
 
     said = "; ".join(f"{label} {_spread(result.rise(label))}" for label in found)
     caption = (
-        "Rise of the training loss, mean of the branches, around the weights of the last round on two random "
-        f"directions, each filter scaled to its own length (Li et al. 2018); of the first of {_runs(order)}, with the "
-        f"same contours for all. Last panel: its mean by distance. At distance 1 it is {said}."
+        f"Rise of the training loss, mean of the branches, on {len(_shown_examples(len(order.data.train)))} of "
+        f"{len(order.data.train)} examples, around the weights of the last round on two random directions, each filter "
+        f"scaled to its own length (Li et al. 2018); of the first of {_runs(order)}, with the same contours for all. "
+        f"Last panel: its mean by distance, and that of turns. At distance 1 it is {said}. Turns and both kinds of IGM "
+        "are one network at one learning rate; MLA has one linear head for all in place of three layers for each, and "
+        f"a learning rate of its own, so that against it the network is compared, too. {_rates(rates)}"
     )
     return Made((9.6, 8.2), paint, {"learning_rates": rates, "surfaces": result.numbers()}, caption)
 
@@ -432,13 +460,22 @@ def _spectra(task: Task) -> analysis.LayerSpectra:
 
 
 def _figure_5a(order: Order) -> Made:
-    found, rates = _all(order, ("igm-no-sam", "igm"), _spectra, "figure 5a: trainings and spectra")
+    keys = {"igm-no-sam": "igm", "igm": "igm"}
+    found, rates = _all(order, keys, _spectra, "figure 5a: trainings and spectra")
     result = analysis.LayerSpectra.joined(found)
-    without, with_sam = ({place: fmean(each) for place, each in result.by_layer(label).items()} for label in found)
-    lower = sum(with_sam[place] < without[place] for place in without)
+    without, with_sam = (result.by_layer(label) for label in found)
+    learned = [place for place in without if without[place] != with_sam[place]]
+    lower = sum(fmean(with_sam[place]) < fmean(without[place]) for place in learned)
+    in_all = sum(max(one - two for one, two in zip(with_sam[p], without[p], strict=True)) < 0 for p in learned)
+    equal = (
+        f" The {count} layers that see the data themselves are equal and not counted."
+        if (count := len(without) - len(learned))
+        else ""
+    )
     caption = (
         "Mean singular value of Ȳ by layer, Ȳ of the training split at the weights of the last round; small dots are "
-        f"the seeds of {_runs(order)}. With SAM the mean is the smaller one in {lower} of {len(without)} layers."
+        f"the seeds of {_runs(order)}. With SAM the mean over the runs is the smaller one in {lower} of {len(learned)} "
+        f"layers, in {in_all} of them in every run.{equal} {_rates(rates)}"
     )
     size = result.size[0], result.size[1] + 0.3
     return Made(size, lambda canvas: _on_one(canvas, result), {"learning_rates": rates, **result.numbers()}, caption)
@@ -475,14 +512,15 @@ def _figure_5c(order: Order) -> Made:
         result = analysis.training_time(
             {label: _rounds(training) for label, training in trainings.items()},
             seconds=TIMING,
-            calls=len(config.turn_lengths),
+            calls=config.steps / config.turn_lengths[0],
         )
     finally:
         torch.set_num_threads(threads)
 
     def paint(canvas: Canvas) -> None:
         _on_one(canvas, result)
-        canvas.axes[0].set_xlabel("time of one training (s): median, line = quartiles of its rounds")
+        words = f"time of one training ({result.unit}): median, line = quartiles of its rounds"
+        canvas.axes[0].set_xlabel(words)
 
     first, *others = result.seconds
     caption = (
@@ -517,6 +555,13 @@ def _chosen(order: Order) -> str:
     """Which round the scores are of, in words."""
     on = {"validation": "validation", "paper": "the test split, as the released scripts do"}[order.config.protocol]
     return f"round chosen on {on}"
+
+
+def _rates(rates: Mapping[str, float]) -> str:
+    """Return the learning rates in words."""
+    if len(set(rates.values())) == 1:
+        return f"Learning rate {next(iter(rates.values())):g}."
+    return f"Learning rates: {', '.join(f'{label} {rate:g}' for label, rate in rates.items())}."
 
 
 def _number(value: float | None) -> str:

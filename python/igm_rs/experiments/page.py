@@ -68,7 +68,7 @@ def page(folder: Path) -> str:
         parts.append(f"## {title}")
         parts += [_table(table) for table in mine]
         parts += [_picture(folder, figure, path) for figure, dataset, path in pictures if dataset == name]
-    parts.append(_method(tables))
+    parts.append(_method(tables, [path for *_, path in pictures]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -152,14 +152,7 @@ def _table(table: Table) -> str:
 
 def _picture(folder: Path, figure: str, path: Path) -> str:
     """One picture with its command and what is said below it, from the JSON file beside it."""
-    numbers = path.with_suffix(".json")
-    try:
-        told: Any = json.loads(numbers.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"picture {path} has no numbers that can be read beside it: {error}") from error
-    for name in ("command", "caption"):
-        if not isinstance(told, dict) or not isinstance(told.get(name), str):
-            raise ValueError(f"file {numbers} is not as expected: it has no {name}")
+    told = _numbers(path)
     dataset = path.stem.split("-", 2)[2]
     place = path.relative_to(folder).as_posix()
     files = [file for ending in (".json", ".csv") if (file := path.with_suffix(ending)).is_file()]
@@ -174,7 +167,21 @@ def _picture(folder: Path, figure: str, path: Path) -> str:
     )
 
 
-def _method(tables: Sequence[Table]) -> str:
+def _numbers(picture: Path) -> dict[str, Any]:
+    """Read what lies beside a picture."""
+    numbers = picture.with_suffix(".json")
+    try:
+        told: Any = json.loads(numbers.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"picture {picture} has no numbers that can be read beside it: {error}") from error
+    kinds: dict[str, type | tuple[type, ...]] = {"command": str, "caption": str, "versions": dict}
+    for name, kind in {**kinds, "revision": (str, type(None))}.items():
+        if not isinstance(told, dict) or name not in told or not isinstance(told[name], kind):
+            raise ValueError(f"file {numbers} is not as expected: it has no {name}")
+    return dict(told)
+
+
+def _method(tables: Sequence[Table], pictures: Sequence[Path]) -> str:
     """How the comparisons are made, and with what; said once for all tables that say the same."""
     parts = ["## How the comparisons are made"]
     told: dict[str, list[str]] = {}
@@ -183,11 +190,12 @@ def _method(tables: Sequence[Table]) -> str:
     for words, names in told.items():
         parts += [f"**{', '.join(names)}**", words]
     made: dict[str, list[str]] = {}
-    for table in tables:
-        results = table.results
-        versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+    sources = [(table.name, table.results) for table in tables]
+    sources += [(path.stem, _numbers(path)) for path in pictures]
+    for name, results in sources:
+        versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
         revision = f" at revision {results['revision']}" if results["revision"] else ""
-        made.setdefault(f"with {versions}{revision}", []).append(table.name)
+        made.setdefault(f"with {versions}{revision}", []).append(name)
     parts += [f"{', '.join(names)}: made {how}." for how, names in made.items()]
     parts.append(
         "`igm-rs table 1 --data watch --compare results/tables/table-1-watch.json` makes a table afresh and says "
