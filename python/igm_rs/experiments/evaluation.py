@@ -22,10 +22,14 @@ from .networks import Branches
 __all__ = [
     "FUSIONS",
     "JOINT",
+    "JOINT_CALIBRATED",
     "MEASURES",
+    "Calibration",
     "Evaluation",
     "Scores",
+    "Watched",
     "accuracy",
+    "accuracy_by_origin",
     "calibrated",
     "evaluate",
     "measures",
@@ -41,6 +45,9 @@ validation split; softmax of the summed logits, which is what joint training by 
 
 JOINT = "joint"
 """Name of the prediction of a head that takes all modalities at once; such a network has it beside its fusions."""
+
+JOINT_CALIBRATED = "joint-calibrated"
+"""Name of the same prediction with a temperature that is fitted like those of the calibrated product."""
 
 MEASURES = ("accuracy", "map", "macro_f1", "nll")
 """All but the last are better when larger."""
@@ -63,6 +70,27 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
         ``(n,)``, classes.
     """
     return float(multiclass_accuracy(scores.argmax(-1), labels, scores.shape[-1], average="micro"))
+
+
+def accuracy_by_origin(scores: Tensor, labels: Tensor, origins: Tensor) -> float:
+    """Return the mean over the origins of the accuracy on the examples of each, in [0, 1].
+
+    Examples of one origin, such as the windows of a person or the pictures of one title, are no independent evidence;
+    so each origin counts once, however many examples it has. Where every example is an origin, or all are one, it is
+    the accuracy.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``(n, c)``, logits or probabilities.
+    labels : Tensor
+        ``(n,)``, classes.
+    origins : Tensor
+        ``(n,)``, int64, where each example comes from.
+    """
+    right = (scores.argmax(-1) == labels).double()
+    _, place, count = torch.unique(origins, return_inverse=True, return_counts=True)
+    return float((right / count[place]).sum() / len(count))
 
 
 def measures(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
@@ -96,46 +124,93 @@ def measures(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def predictions(model: Branches, split: Split, product: fusion.CalibratedProduct | None) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Calibration:
+    """Temperatures of a network, fitted on held-out logits by :func:`calibrated`.
+
+    Attributes
+    ----------
+    branches : CalibratedProduct
+        Of the modalities' branches; of a single modality it is that modality's temperature.
+    joint : CalibratedProduct, optional
+        Of the logits of a joint head, where there is one.
+    """
+
+    branches: fusion.CalibratedProduct
+    joint: fusion.CalibratedProduct | None
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """By modality, and of a joint head under its name."""
+        found = {**self.branches.temperatures, **({} if self.joint is None else self.joint.temperatures)}
+        return {str(name): value for name, value in found.items()}
+
+
+def predictions(model: Branches, split: Split, calibration: Calibration | None) -> dict[str, Tensor]:
     """Return the probabilities ``(n, c)``, float64, of each modality, of each fusion, and of a joint head.
 
     Parameters
     ----------
     model : Branches
-        The network, with one modality or more; of a single modality there is no fusion.
+        The network, with one modality or more; of a single modality there is no fusion, only its own calibrated
+        probabilities.
     split : Split
         The examples.
-    product : CalibratedProduct, optional
-        Fitted on logits of the same network; None: there is no ``calibrated`` fusion.
+    calibration : Calibration, optional
+        Of the same network; None: there is nothing ``calibrated``.
     """
     logits = {name: values.double() for name, values in model.logits(split.inputs).items()}
     out = {name: torch.softmax(values, -1) for name, values in logits.items()}
     if len(logits) > 1:
-        out |= {
-            "mean": fusion.mean(logits),
-            "entropy": fusion.entropy_weighted(logits),
-            **({} if product is None else {"calibrated": product(logits)}),
-            "sum": torch.softmax(torch.stack(list(logits.values())).sum(0), -1),
-        }
+        out |= {"mean": fusion.mean(logits), "entropy": fusion.entropy_weighted(logits)}
+    if calibration is not None:
+        out["calibrated"] = calibration.branches(logits)
+    if len(logits) > 1:
+        out["sum"] = torch.softmax(torch.stack(list(logits.values())).sum(0), -1)
     if model.joined:
-        out[JOINT] = torch.softmax(model.joint_logits(split.inputs).double(), -1)
+        joint = model.joint_logits(split.inputs).double()
+        out[JOINT] = torch.softmax(joint, -1)
+        if calibration is not None and calibration.joint is not None:
+            out[JOINT_CALIBRATED] = calibration.joint({JOINT: joint})
     return out
 
 
-def calibrated(model: Branches, data: DataSet) -> fusion.CalibratedProduct:
-    """Return the calibrated product of a network's branches, its temperatures fitted on the validation split."""
-    return fusion.fit(model.logits(data.validation.inputs), data.validation.labels)
+def calibrated(model: Branches, data: DataSet) -> Calibration:
+    """Return the temperatures of a network's branches, and of its joint head, fitted on the validation split."""
+    inputs, labels = data.validation.inputs, data.validation.labels
+    joint = fusion.fit({JOINT: model.joint_logits(inputs)}, labels) if model.joined else None
+    return Calibration(fusion.fit(model.logits(inputs), labels), joint)
 
 
-def score(model: Branches, split: Split, product: fusion.CalibratedProduct) -> Scores:
+def score(model: Branches, split: Split, calibration: Calibration) -> Scores:
     """Return all :data:`MEASURES` of all :func:`predictions` on a split; parameters as there."""
-    of = {name: measures(values, split.labels) for name, values in predictions(model, split, product).items()}
+    of = {name: measures(values, split.labels) for name, values in predictions(model, split, calibration).items()}
     return {measure: {name: values[measure] for name, values in of.items()} for measure in MEASURES}
 
 
-def watched(model: Branches, split: Split, product: fusion.CalibratedProduct | None) -> dict[str, float]:
-    """Return the accuracy of all :func:`predictions` on a split, for training curves; parameters as there."""
-    return {name: accuracy(values, split.labels) for name, values in predictions(model, split, product).items()}
+@dataclass(frozen=True)
+class Watched:
+    """What is looked at between two rounds, of every prediction but the calibrated ones.
+
+    Attributes
+    ----------
+    accuracy : dict of str to float
+        By modality and fusion, see :func:`accuracy`.
+    by_origin : dict of str to float
+        Likewise, see :func:`accuracy_by_origin`.
+    """
+
+    accuracy: dict[str, float]
+    by_origin: dict[str, float]
+
+
+def watched(model: Branches, split: Split) -> Watched:
+    """Return the accuracies of a network on a split, for training curves and for the choice of a round."""
+    found = predictions(model, split, None)
+    return Watched(
+        {name: accuracy(values, split.labels) for name, values in found.items()},
+        {name: accuracy_by_origin(values, split.labels, split.origins) for name, values in found.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +222,7 @@ class Evaluation:
     scores : dict of str to Scores
         For each set of weights, by the name given to it.
     temperatures : dict of str to dict
-        For each set of weights, the temperature of each modality in the calibrated product.
+        For each set of weights, the temperature of each modality in the calibrated product, and of a joint head.
     """
 
     scores: dict[str, Scores]
@@ -177,20 +252,16 @@ def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights]) -> 
     if not weights:
         raise ValueError("weights: expected at least one state dict to measure, got none")
     own = {name: {key: value.clone() for key, value in values.items()} for name, values in weights.items()}
-    products = {}
+    calibrations = {}
     for name, values in own.items():
         model.load_state_dict(values)
-        products[name] = calibrated(model, data)
+        calibrations[name] = calibrated(model, data)
     test = data.open_test()
     scores = {}
     for name, values in own.items():
         model.load_state_dict(values)
-        scores[name] = score(model, test, products[name])
-    temperatures = {
-        name: {str(modality): value for modality, value in product.temperatures.items()}
-        for name, product in products.items()
-    }
-    return Evaluation(scores, temperatures)
+        scores[name] = score(model, test, calibrations[name])
+    return Evaluation(scores, {name: calibration.temperatures for name, calibration in calibrations.items()})
 
 
 Value = TypeVar("Value")
@@ -209,10 +280,9 @@ def of_fusion(scores: Mapping[str, Value], fusion: str) -> Value:
     Returns
     -------
     float, or what the mapping holds
-        That fusion's value; of a joint head, which is fused already, its own; of a single modality, its own.
+        That fusion's value; of a joint head, which is fused already, its own, and of a single modality its own: in the
+        calibrated column with a temperature, where there is one.
     """
     if JOINT in scores:
-        return scores[JOINT]
-    if len(scores) == 1:
-        return next(iter(scores.values()))
-    return scores[fusion]
+        return scores[JOINT_CALIBRATED if fusion == "calibrated" and JOINT_CALIBRATED in scores else JOINT]
+    return scores[fusion] if fusion in scores else next(iter(scores.values()))

@@ -63,9 +63,11 @@ class SeriesEncoder(nn.Module):
 
 
 class PictureEncoder(nn.Module):
-    """Three convolutions, the last of them over all that is left: pictures ``(n, channels, 16, 16)`` to ``(n, 64)``.
+    """Four convolutions: pictures ``(n, channels, 16, 16)`` to ``(n, 64)``.
 
-    Other sizes are averaged down, or repeated, to 16 × 16 first. Normalised like :class:`SeriesEncoder`.
+    Other sizes are averaged down, or repeated, to 16 × 16 first. Normalised like :class:`SeriesEncoder`. The third
+    looks at all that is left; the last, 1 × 1, has the width of :class:`TitleEncoder`'s layer, so that a T of the one can
+    act on the other.
     """
 
     def __init__(self, channels: int) -> None:
@@ -81,6 +83,9 @@ class PictureEncoder(nn.Module):
             nn.Conv2d(96, FEATURES, kernel_size=2),
             nn.GroupNorm(4, FEATURES),
             nn.ReLU(),
+            nn.Conv2d(FEATURES, FEATURES, kernel_size=1),
+            nn.GroupNorm(4, FEATURES),
+            nn.ReLU(),
         )
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -90,7 +95,7 @@ class PictureEncoder(nn.Module):
 
 
 class TitleEncoder(nn.Module):
-    """The mean of the vectors of a title's words, normalised: ids ``(n, length)`` to ``(n, 64)``.
+    """The mean of the vectors of a title's words, normalised, and a dense layer: ids ``(n, length)`` to ``(n, 64)``.
 
     Padding (id 0) has no part in the mean; a title without a word has zeros for it. The vectors start small, so that
     those that training has not moved hardly count beside those that it has: with ordinary ones it was a matter of the
@@ -100,14 +105,14 @@ class TitleEncoder(nn.Module):
     def __init__(self, ids: int) -> None:
         super().__init__()
         self.table = nn.Embedding(ids, FEATURES, padding_idx=PADDING)
-        self.norm = nn.LayerNorm(FEATURES)
+        self.layers = nn.Sequential(nn.LayerNorm(FEATURES), nn.Linear(FEATURES, FEATURES), nn.LayerNorm(FEATURES))
         with torch.no_grad():
             self.table.weight.mul_(0.01)
 
     def forward(self, titles: Tensor) -> Tensor:
         """Return the features ``(n, 64)``."""
         count = (titles != PADDING).sum(-1, keepdim=True).clamp_min(1)
-        features: Tensor = self.norm(self.table(titles).sum(-2) / count)
+        features: Tensor = self.layers(self.table(titles).sum(-2) / count)
         return features
 
 

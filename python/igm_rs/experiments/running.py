@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
+import gc
 import io
 import json
 import multiprocessing
@@ -236,8 +238,7 @@ def run_job(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
-    with suppress(OSError):  # not everywhere
-        Path("/proc/self/clear_refs").write_text("5")
+    held = begin_memory()
     visible = data if job.final else data.without_test()
     training = Training(visible, job.row, job.config, job.learning_rate, job.seed)
     before: dict[str, Any] = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": 0.0}
@@ -271,7 +272,8 @@ def run_job(
             save()
             return None
     seconds = before["seconds"] + time.perf_counter() - began
-    record = _record(job, visible, training, trained, before["started"], seconds, made_by or provenance())
+    peak = max(0, peak_memory() - held)
+    record = _record(job, visible, training, trained, before["started"], seconds, peak, made_by or provenance())
     write_whole(folder / "run.json", (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
     checkpoint.unlink(missing_ok=True)
     return record
@@ -289,6 +291,7 @@ def _record(
     trained: Trained,
     started: str,
     seconds: float,
+    peak: int,
     made_by: Mapping[str, Any],
 ) -> RunRecord:
     """Return what is kept of a run; of a final one the test split is opened here, once."""
@@ -331,9 +334,10 @@ def _record(
         "after_turn": trained.after_turn,
         "seconds_per_step": trained.seconds_per_step,
         "seconds": seconds,
-        "peak_memory": peak_memory(),
+        "peak_memory": peak,
         "skipped": trained.skipped,
         "cosine": trained.cosine,
+        "kept": trained.kept,
         "effective_perturbation": trained.effective_perturbation,
         "projected_share": trained.projected_share,
         "parameters": training.parameters,
@@ -342,14 +346,31 @@ def _record(
     return plain
 
 
+def begin_memory() -> int:
+    """Give back what can be given back, and return the resident memory of this process in bytes, before a run.
+
+    From here on :func:`peak_memory` counts, where the system can be told so (Linux).
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
 def peak_memory() -> int:
     """Return the largest resident memory of this process in bytes, torch and data included.
 
-    On Linux since the run began; elsewhere since the process did.
+    On Linux since :func:`begin_memory`; elsewhere since the process began.
     """
+    return _memory("VmHWM")
+
+
+def _memory(name: str) -> int:
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{name}:"):
                 return 1024 * int(line.split()[1])
     import resource
 
@@ -630,8 +651,8 @@ def tune(
     """Choose the learning rate of each row on validation, with seeds that no final run has and no test split at hand.
 
     Every row gets the same budget and the same grid. A rate's figure is the validation accuracy of the fusion
-    :data:`igm_rs.experiments.training.CHOSEN_BY` at its best round, mean over the tuning seeds; 0 where training
-    diverged. What was tried is kept in ``tuning`` in the folder of results.
+    :data:`igm_rs.experiments.training.CHOSEN_BY` at its best round, every origin counting once, mean over the tuning
+    seeds; 0 where training diverged. What was tried is kept in ``tuning`` in the folder of results.
 
     Parameters
     ----------
@@ -657,7 +678,7 @@ def tune(
     found: dict[Row, dict[float, list[float]]] = {}
     for (row, rate, _), record in zip(grid, records, strict=True):
         diverged = any(point["loss"] is None for point in record["curve"])
-        best = 0.0 if diverged else max(of_fusion(point["accuracy"], CHOSEN_BY) for point in record["curve"])
+        best = 0.0 if diverged else max(of_fusion(point["by_origin"], CHOSEN_BY) for point in record["curve"])
         found.setdefault(row, {}).setdefault(rate, []).append(best)
     choices = {}
     for row, by_rate in found.items():

@@ -17,15 +17,15 @@ import igm_rs
 
 from .configuration import Config
 from .data import DataSet, Split
-from .evaluation import of_fusion, watched
+from .evaluation import Watched, of_fusion, watched
 from .methods import Row
 from .networks import Branches
 
 __all__ = ["CHOSEN_BY", "Progress", "Stopped", "Trained", "Training", "batch_stream", "turns_of"]
 
 CHOSEN_BY = "sum"
-"""The fusion whose accuracy chooses round and learning rate: the sum of logits, which joint training optimises. A
-modality alone and a joint head have one prediction, which stands for all fusions."""
+"""The fusion whose accuracy by origin chooses round and learning rate: the sum of logits, which joint training
+optimises. A modality alone and a joint head have one prediction, which stands for all fusions."""
 
 Active = tuple[str, ...]
 """The modalities that one optimizer step moves."""
@@ -73,18 +73,21 @@ class Trained:
         Rounds behind these weights, counted from 1.
     curve : list of dict
         One entry a round: ``round``; ``steps``, gradient steps that each modality has had, on average where they come
-        one after another; ``loss``, mean over the round, first passes only; ``accuracy`` on validation by modality and
-        fusion.
+        one after another; ``loss``, mean over the round, first passes only; ``accuracy`` and ``by_origin`` on
+        validation by modality and fusion, see :class:`igm_rs.experiments.evaluation.Watched`.
     after_turn : list of dict
         One entry a turn, ``round``, ``modality`` and ``scores`` on validation; the first is that of the initial
         weights, round 0 and modality ``""``. Empty where there are no turns.
     seconds_per_step : float
-        Wall time of training over the gradient steps of all modalities; validation not counted.
+        Wall time of training, the making of T's with it, over the gradient steps of all modalities; validation not
+        counted.
     skipped : int
         Steps that the optimizer left out for a zero or non-finite gradient.
     cosine : float or None
         Mean cosine of a projected layer's gradient before and after projection, taken at the last step of each turn
         (or of each round, where turns last one batch); None without projection.
+    kept : float or None
+        Likewise the mean of the gradient's norm after over that before: how much of it is left.
     effective_perturbation : float or None
         Mean of ‖realised ε‖/ρ at the same steps; None without SAM.
     projected_share : float or None
@@ -99,6 +102,7 @@ class Trained:
     seconds_per_step: float
     skipped: int
     cosine: float | None
+    kept: float | None
     effective_perturbation: float | None
     projected_share: float | None
 
@@ -191,9 +195,10 @@ class _Position:
 
 @dataclass
 class _Witness:
-    """What IGMOptimizer tells of a run: cosines of projected gradients, effective perturbations, projected shares."""
+    """What IGMOptimizer tells of a run: of projected gradients cosines and what is left; perturbations; shares."""
 
     cosines: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
     perturbations: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
 
@@ -202,6 +207,8 @@ class _Witness:
         if isinstance(optimizer, igm_rs.IGMOptimizer):
             told = optimizer.last_stats
             self.cosines += [layer["cosine"] for layer in told["projected"].values()]
+            norms = [(layer["norm_before"], layer["norm_after"]) for layer in told["projected"].values()]
+            self.kept += [after / before for before, after in norms if before > 0]
             if told["projected"] and told["active"] is not None:
                 self.shares.append(optimizer.projected_share[told["active"]])
             if told["effective_perturbation"] is not None:
@@ -308,6 +315,7 @@ class Training:
             seconds_per_step=self._seconds / self.done,
             skipped=skipped,
             cosine=_mean(told.cosines),
+            kept=_mean(told.kept),
             effective_perturbation=_mean(told.perturbations),
             projected_share=_mean(told.shares),
         )
@@ -315,13 +323,16 @@ class Training:
     def _run(self, report: Callable[[Progress], None], stop: Callable[[], bool], save: Callable[[], None]) -> None:
         at = self._position
         if at.done == 0 and self.turns[0].modality is not None:
-            self._after_turn = [{"round": 0, "modality": "", "scores": {"accuracy": self._watch(self.data.validation)}}]
+            found = watched(self.model, self.data.validation)
+            self._after_turn = [{"round": 0, "modality": "", "scores": {"accuracy": found.accuracy}}]
         while at.turn < len(self.turns):
             turn = self.turns[at.turn]
             with self._entered(turn):
                 while at.stretch < len(turn.stretches):
                     self._walk(turn, turn.stretches[at.stretch], report, stop)
                     at.stretch, at.step = at.stretch + 1, 0
+                ended = time.perf_counter()  # the turn ends with a new T
+            self._seconds += time.perf_counter() - ended
             at.turn, at.stretch = at.turn + 1, 0
             self._random = torch.get_rng_state()
             save()
@@ -348,17 +359,17 @@ class Training:
         finally:
             self._seconds += time.perf_counter() - began
         self._witness.note(self.optimizer)
-        accuracy, point = None, None
+        found, point = None, None
         ends_turn = turn.modality is not None and stretch is turn.stretches[-1]
         if ends_turn or stretch.ends_round:
-            accuracy = self._watch(self.data.validation)
-        if ends_turn:
-            entry = {"round": stretch.round, "modality": turn.modality, "scores": {"accuracy": accuracy}}
-            self._after_turn.append(entry)
+            found = watched(self.model, self.data.validation)
+            if ends_turn:
+                entry = {"round": stretch.round, "modality": turn.modality, "scores": {"accuracy": found.accuracy}}
+                self._after_turn.append(entry)
         loss = self._losses[-1]
-        if stretch.ends_round and accuracy is not None:
-            point = self._end_round(stretch.round, accuracy)
-        report(Progress(at.done - before, loss, accuracy, point))
+        if stretch.ends_round and found is not None:
+            point = self._end_round(stretch.round, found)
+        report(Progress(at.done - before, loss, None if found is None else found.accuracy, point))
 
     def _step(self, active: Active) -> float:
         """Take one optimizer step and return the loss at the first pass."""
@@ -371,24 +382,22 @@ class Training:
         """Take one optimizer step on the chosen training examples, as :func:`take_step`; a subclass may look at it."""
         return take_step(self.model, self.optimizer, active, chosen, self.data.train)
 
-    def _watch(self, split: Split) -> dict[str, float]:
-        """Return the accuracy of every modality and fusion now; the calibrated one is left for the end."""
-        return watched(self.model, split, None)
-
-    def _end_round(self, number: int, accuracy: dict[str, float]) -> dict[str, Any]:
+    def _end_round(self, number: int, found: Watched) -> dict[str, Any]:
         """Note the round in the curve, and its weights if it is the best so far; of equals the later one is."""
         steps = self._position.done // len(self.row.modalities)
         point: dict[str, Any] = {
             "round": number,
             "steps": steps,
             "loss": sum(self._losses) / len(self._losses),
-            "accuracy": accuracy,
+            "accuracy": found.accuracy,
+            "by_origin": found.by_origin,
         }
         self._losses.clear()
         self._curve.append(point)
+        deciding = found.by_origin
         if self._choosing is not self.data.validation:
-            accuracy = self._watch(self._choosing)
-        value = of_fusion(accuracy, CHOSEN_BY) if math.isfinite(point["loss"]) else -math.inf
+            deciding = watched(self.model, self._choosing).accuracy  # as the released scripts do
+        value = of_fusion(deciding, CHOSEN_BY) if math.isfinite(point["loss"]) else -math.inf
         if value >= self._chosen[1]:
             self._chosen = (number, value, copy.deepcopy(self.model.state_dict()))
         return point

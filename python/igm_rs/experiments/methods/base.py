@@ -12,7 +12,10 @@ import torch
 from igm_rs.experiments.configuration import Config, override
 from igm_rs.experiments.networks import Branches, Head
 
-__all__ = ["METHODS", "Method", "Row", "Schedule", "base_optimizer", "control_options", "keyed", "method"]
+__all__ = ["METHODS", "PARTICULAR", "Method", "Row", "Schedule", "base_optimizer", "control_options", "keyed", "method"]
+
+PARTICULAR = ("rho", "tau", "trunk_tau", "alpha", "scope", "sources")
+"""Values of the configuration that are not for every method."""
 
 Schedule = Literal["single", "joint", "turns", "batches", "once"]
 
@@ -39,6 +42,11 @@ class Method:
     schedule: ClassVar[Schedule]
     sam: ClassVar[bool] = False
     modifies: ClassVar[bool] = False
+
+    @property
+    def uses(self) -> tuple[str, ...] | None:
+        """Which of :data:`PARTICULAR` values of the configuration it goes by; None: it does not say."""
+        return None
 
     def optimizer(
         self,

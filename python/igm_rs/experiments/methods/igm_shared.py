@@ -36,6 +36,11 @@ class IgmShared(Method):
     modifies = True
     control: ClassVar[str | None] = None
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """τ of the trunk."""
+        return ("trunk_tau",)
+
     def optimizer(
         self,
         model: Branches,

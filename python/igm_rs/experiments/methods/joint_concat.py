@@ -23,6 +23,11 @@ class JointConcat(Method):
     head = "concat"
     schedule = "joint"
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """No particular value."""
+        return ()
+
     def optimizer(
         self,
         model: Branches,

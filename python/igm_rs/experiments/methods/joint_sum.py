@@ -22,6 +22,11 @@ class JointSum(Method):
     label = "joint, sum"
     schedule = "joint"
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """No particular value."""
+        return ()
+
     def optimizer(
         self,
         model: Branches,

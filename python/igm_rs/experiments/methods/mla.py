@@ -25,6 +25,11 @@ class Mla(Method):
     schedule = "batches"
     modifies = True
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """α of the recursion."""
+        return ("alpha",)
+
     def optimizer(
         self,
         model: Branches,

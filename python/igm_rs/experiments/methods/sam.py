@@ -24,6 +24,11 @@ class Sam(JointSum):
     label = "joint, sum + SAM"
     sam = True
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """ρ."""
+        return ("rho",)
+
     def optimizer(
         self,
         model: Branches,

@@ -24,6 +24,11 @@ class SharedFrozen(Method):
     head = "trunk"
     schedule = "once"
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """No particular value."""
+        return ()
+
     def optimizer(
         self,
         model: Branches,

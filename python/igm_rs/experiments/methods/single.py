@@ -22,6 +22,11 @@ class Single(Method):
     label = "{} alone"
     schedule = "single"
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """No particular value."""
+        return ()
+
     def optimizer(
         self,
         model: Branches,

@@ -33,6 +33,11 @@ class Turns(Method):
     schedule = "turns"
     control: ClassVar[str | None] = None
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Those of SAM and of the modification, where it has them."""
+        return (*(("rho",) if self.sam else ()), *(("tau", "scope", "sources") if self.modifies else ()))
+
     def optimizer(
         self,
         model: Branches,
