@@ -85,13 +85,13 @@ class Config:
     tau: float = _option(0.4, "τ of the flat modification")
     trunk_tau: float = _option(100.0, "τ of the flat modification of a shared trunk")
     alpha: float = _option(0.1, "α of MLA's recursion")
-    scope: float | None = _option(None, "modify this share of each modality's parameters in place of the heads")
+    scope: float | None = _option(None, "modify this share of each modality's parameters, 0 to 1; none: the heads")
     sources: Mapping[str, str | None] | None = _option(
-        None, "whose T acts on each modality, such as audio=video,video=none"
+        None, "whose T acts on each modality, such as audio=video,video=none; none: the one before it"
     )
     rates: tuple[float, ...] = _option((0.01, 0.03, 0.1), "learning rates that are tried for every row")
-    learning_rate: float | None = _option(None, "one learning rate for all rows: nothing is tuned")
-    tuning_seeds: tuple[int, ...] = _option((1000, 1001), "seeds of the runs that choose the learning rate")
+    learning_rate: float | None = _option(None, "one learning rate for all rows, nothing is tuned; none: tuned")
+    tuning_seeds: tuple[int, ...] = _option((1000, 1001, 1002), "seeds of the runs that choose the learning rate")
     first_seed: int = _option(100, "seed of the first final run")
     seeds: int = _option(5, "final runs of every row")
     protocol: str = _option("validation", "where the round is chosen: validation, or paper (on the test split)")

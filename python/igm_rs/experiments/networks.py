@@ -66,7 +66,7 @@ class PictureEncoder(nn.Module):
     """Four convolutions: pictures ``(n, channels, 16, 16)`` to ``(n, 64)``.
 
     Other sizes are averaged down, or repeated, to 16 × 16 first. Normalised like :class:`SeriesEncoder`. The third
-    looks at all that is left; the last, 1 × 1, has the width of :class:`TitleEncoder`'s layer, so that a T of the one can
+    looks at all that is left; the last, 1 × 1, is as wide as :class:`TitleEncoder`'s layer, so that a T of the one can
     act on the other.
     """
 
