@@ -34,8 +34,9 @@ class Line:
     words : tuple of str
         What the row is called in this table, one entry for each of the table's columns of words.
     tuned_as : Row
-        The row whose learning rate it takes: most take their own; the one-sided rows of Table 3 that of IGM, because
-        they are IGM until its modification is first left out.
+        The row whose learning rate it takes. In Table 1 every method has its own, but a control has that of what it
+        controls. The rows of the other tables are IGM with something left out or added, and all have IGM's: what differs
+        between them is what the table is about.
     """
 
     row: Row
@@ -128,9 +129,13 @@ def plan(number: int, modalities: Sequence[str], methods: Sequence[str] | None =
     return [_first, _second, _third, _fourth][number - 1](names, list(METHODS if methods is None else methods))
 
 
-def _own(row: Row, *words: str) -> Line:
-    """A line that is tuned for itself."""
-    return Line(row, words or (row.label,), row)
+CONTROLS = {
+    "control-scalar": "igm",
+    "control-random": "igm",
+    "shared-scalar": "igm-shared",
+    "shared-random": "igm-shared",
+}
+"""The controls, and what they control."""
 
 
 def _first(modalities: tuple[str, ...], methods: Sequence[str]) -> list[Line]:
@@ -139,14 +144,15 @@ def _first(modalities: tuple[str, ...], methods: Sequence[str]) -> list[Line]:
     for key in METHODS:
         if key in methods and key != ONE_SIDED:
             groups = [(name,) for name in modalities] if METHODS[key].schedule == "single" else [modalities]
-            out += [_own(Row(key, group)) for group in groups]
+            rows = [Row(key, group) for group in groups]
+            out += [Line(row, (row.label,), Row(CONTROLS.get(key, key), row.modalities)) for row in rows]
     return out
 
 
 def _second(modalities: tuple[str, ...], _: Sequence[str]) -> list[Line]:
     """Turns with SAM and modification, each on or off."""
     rows = (("turns", NO, NO), ("turns-sam", YES, NO), ("igm-no-sam", NO, YES), ("igm", YES, YES))
-    return [_own(Row(key, modalities), sam, modified) for key, sam, modified in rows]
+    return [Line(Row(key, modalities), (sam, modified), Row("igm", modalities)) for key, sam, modified in rows]
 
 
 ONE_SIDED = "igm-one-sided"
@@ -165,5 +171,6 @@ def _third(modalities: tuple[str, ...], _: Sequence[str]) -> list[Line]:
 
 def _fourth(modalities: tuple[str, ...], _: Sequence[str]) -> list[Line]:
     """IGM on more and less of each modality's network."""
-    wide = [_own(Row("igm", modalities, {"scope": share}), f"{share:.0%}") for share in SCOPES]
-    return [*wide, _own(Row("igm", modalities), "head"), _own(Row("turns-sam", modalities), "0% (none)")]
+    igm = Row("igm", modalities)
+    wide = [Line(Row("igm", modalities, {"scope": share}), (f"{share:.0%}",), igm) for share in SCOPES]
+    return [*wide, Line(igm, ("head",), igm), Line(Row("turns-sam", modalities), ("0% (none)",), igm)]
