@@ -25,7 +25,8 @@ def scores(names, value):
 
 
 def record(key, seed, value, modalities=NAMES, joined=False, **others):
-    names = [*modalities, *(evaluation.FUSIONS if len(modalities) > 1 else ()), *(["joint"] if joined else [])]
+    fusions = evaluation.FUSIONS if len(modalities) > 1 else ("calibrated",)
+    names = [*modalities, *fusions, *(["joint", "joint-calibrated"] if joined else [])]
     turns = [(0, ""), *((number, name) for number in range(1, ROUNDS + 1) for name in modalities)]
     return {
         "row": key,
@@ -44,14 +45,15 @@ def record(key, seed, value, modalities=NAMES, joined=False, **others):
         "peak_memory": 64 * 2**20,
         "skipped": 0,
         "cosine": None,
+        "kept": None,
         "effective_perturbation": None,
         "projected_share": None,
         "parameters": 1000,
     } | others
 
 
-def line(key, *words, modalities=NAMES, tuned_as=None):
-    row = SimpleNamespace(key=key, label=key, modalities=modalities)
+def line(key, *words, modalities=NAMES, tuned_as=None, schedule="turns"):
+    row = SimpleNamespace(key=key, label=key, modalities=modalities, of=SimpleNamespace(schedule=schedule))
     return Line(row, words or (key,), SimpleNamespace(key=tuned_as or key))
 
 
@@ -62,6 +64,7 @@ ABOUT = {
     "modalities": list(NAMES),
     "split": {"train": 10, "validation": 5, "test": 6},
     "protocol": "validation",
+    "methods": None,
     "command": "igm-rs table 1 --data watch",
     "config": {"steps": 4},
     "versions": {"torch": "2", "processor": "this", "instructions": "all"},
@@ -82,7 +85,14 @@ ROWS = {
 
 def of_first(**about):
     records = [
-        record(key, seed, value, modalities, key == "joint-concat", **({"cosine": 0.97} if key == "igm" else {}))
+        record(
+            key,
+            seed,
+            value,
+            modalities,
+            key == "joint-concat",
+            **({"cosine": 0.97, "kept": 0.81} if key == "igm" else {}),
+        )
         for key, (values, modalities) in ROWS.items()
         for seed, value in reversed(list(enumerate(values)))
     ]
@@ -108,7 +118,12 @@ def test_first_plan_has_every_method_and_each_modality_alone():
     assert [line.row.key for line in lines][:5] == ["single-a", "single-b", "single-c", "joint-concat", "joint-sum"]
     wanted = [key for key in plans.METHODS if key not in ("single", "igm-one-sided")]
     assert [line.row.method for line in lines][3:] == wanted
-    assert all(line.row.overrides == {} and line.tuned_as is line.row for line in lines)
+    assert all(line.row.overrides == {} for line in lines)
+    tuned = {line.row.key: line.tuned_as.key for line in lines if line.tuned_as.key != line.row.key}
+    assert tuned == plans.CONTROLS == {
+        "control-scalar": "igm", "control-random": "igm", "shared-scalar": "igm-shared", "shared-random": "igm-shared",
+    }  # fmt: skip
+    assert {line.tuned_as.key for number in (2, 3, 4) for line in plans.plan(number, ["a", "b"])} == {"igm"}
     assert all(line.words == (line.row.label,) for line in lines)
     few = plans.plan(1, ["a", "b"], ["igm", "single"])
     assert [line.row.key for line in few] == ["single-a", "single-b", "igm"]
@@ -180,14 +195,15 @@ def test_plans_refuse_what_there_is_not(number, modalities, methods, message):
 
 def test_first_table_by_hand(first):
     main = first.grids[0]
-    assert [head for _, heads in main.groups for head in heads] == ["mean", "entropy", "calibrated"] * 3
+    assert [head for _, heads in main.groups for head in heads] == ["mean", "entropy", "calibrated", "sum"] * 3
     assert [name for name, _ in main.groups] == ["accuracy", "MAP", "macro-F1"]
     rows = rows_of(main)
     # the fusions' values are two to four hundredths above the first modality's
     assert [cell.text for cell in rows["igm"][:3]] == ["74.0 ± 2.0", "75.0 ± 2.0", "76.0 ± 2.0"]
-    assert [cell.text for cell in rows["single-video"]] == ["61.0 ± 1.0"] * 9
-    # a joint head's own value is the last: six hundredths above the first modality's
-    assert [cell.text for cell in rows["joint-concat"]] == ["61.0 ± 0.0"] * 9
+    # one prediction for all, and one hundredth more with a temperature
+    assert [cell.text for cell in rows["single-video"]] == ["61.0 ± 1.0", "61.0 ± 1.0", "62.0 ± 1.0", "61.0 ± 1.0"] * 3
+    # a joint head's own value is the last but one: six hundredths above the first modality's
+    assert [cell.text for cell in rows["joint-concat"]] == ["61.0 ± 0.0", "61.0 ± 0.0", "62.0 ± 0.0", "61.0 ± 0.0"] * 3
     assert {key: cells[0].rank for key, cells in rows.items()} == {
         "single-audio": 0, "single-video": 0, "joint-concat": 0, "joint-sum": 0, "mla": 2, "igm": 1,
     }  # fmt: skip
@@ -203,14 +219,17 @@ def test_branches_and_nll_have_their_part(first):
     grid = first.grids[2]
     rows = rows_of(grid)
     assert [head for _, heads in grid.groups for head in heads] == [*NAMES, "mean", "entropy", "calibrated"]
-    assert [cell.text for cell in rows["single-audio"]] == ["51.0 ± 1.0", "–", *["0.490 ± 0.010"] * 3]
+    nll = ["0.490 ± 0.010", "0.490 ± 0.010", "0.480 ± 0.010"]
+    assert [cell.text for cell in rows["single-audio"]] == ["51.0 ± 1.0", "–", *nll]
     assert [cell.text for cell in rows["igm"]][:3] == ["72.0 ± 2.0", "73.0 ± 2.0", "0.260 ± 0.020"]
     assert rows["igm"][2].rank == 1  # the smallest
 
 
 def test_differences_are_paired_and_have_an_interval(first):
     grid = first.grids[3]
-    assert [name for name, _ in grid.groups] == ["accuracy, mean", "accuracy, calibrated", "NLL, calibrated"]
+    assert [name for name, _ in grid.groups] == [
+        "accuracy, mean", "accuracy, sum", "accuracy, calibrated", "NLL, calibrated",
+    ]  # fmt: skip
     assert grid.groups[0][1] == ["− joint, concat", "− joint, sum", "− MLA"]
     rows = rows_of(grid)
     # 0.00, 0.01, 0.02: mean 0.01 and 4.3027 · 0.01 / √3
@@ -218,7 +237,7 @@ def test_differences_are_paired_and_have_an_interval(first):
     # 0.14, 0.14, 0.20: mean 0.16 and 4.3027 · 0.03464 / √3
     assert rows["igm"][1] == grids.Cell("+16.0 ± 8.6", marked=True)
     assert rows["mla"][2] == grids.Cell("–")
-    assert rows["igm"][8] == grids.Cell("−0.010 ± 0.025")
+    assert rows["igm"][11] == grids.Cell("−0.010 ± 0.025")
 
 
 def test_effects_are_those_whose_rows_are_there(first):
@@ -229,10 +248,45 @@ def test_effects_are_those_whose_rows_are_there(first):
         "IGM: calibrated − mean fusion",
         "IGM: entropy-weighted − mean fusion",
     ]
-    rows = rows_of(first.grids[4])
-    assert rows["IGM − MLA"][0] == grids.Cell("+1.0 ± 2.5")
-    assert [cell.text for cell in rows["IGM: calibrated − mean fusion"][:3]] == ["–", "–", "+2.0 ± 0.0"]
-    assert rows["IGM: calibrated − mean fusion"][5] == grids.Cell("−0.020 ± 0.000", marked=True)
+    chosen, last = first.grids[4:6]
+    assert ("chosen round" in chosen.title, "last round" in last.title) == (True, True)
+    assert [name for name, _ in chosen.groups] == ["", "accuracy", "NLL"]
+    rows = rows_of(chosen)
+    assert rows["IGM − MLA"][:2] == [grids.Cell("0.03"), grids.Cell("+1.0 ± 2.5")]
+    assert [cell.text for cell in rows["IGM: calibrated − mean fusion"][1:5]] == ["–", "–", "+2.0 ± 0.0", "–"]
+    assert rows["IGM: calibrated − mean fusion"][7] == grids.Cell("−0.020 ± 0.000", marked=True)
+    assert rows_of(last)["IGM − MLA"][1] == rows["IGM − MLA"][1]  # both are a tenth more there
+
+
+def test_effects_of_the_last_round_are_of_the_last_round():
+    records = [record("mla", seed, 0.5) for seed in (0, 1)] + [record("igm", seed, 0.6) for seed in (0, 1)]
+    for each in records[2:]:
+        each["last"]["scores"] = scores([*NAMES, *evaluation.FUSIONS], 0.9)
+        each["learning_rate"] = 0.1
+    made = tables.table(1, [line("mla"), line("igm")], records, about=ABOUT, tried={})
+    chosen, last = (rows_of(grid)["IGM − MLA"] for grid in made.grids[-3:-1])
+    assert [cell.text for cell in chosen[:2]] == ["0.1, 0.03", "+10.0 ± 0.0"]  # both rates
+    assert last[1].text == "+30.0 ± 0.0"
+    found = [each for each in csv.DictReader(io.StringIO(made.csv())) if each["minus"] == "mla"]
+    of_mean = [each for each in found if (each["measure"], each["of"]) == ("accuracy", "mean")]
+    assert [(each["weights"], each["mean"]) for each in of_mean] == [("chosen", "0.1"), ("last", "0.3")]
+
+
+def test_forgetting_is_of_the_modality_that_was_trained_first():
+    records = [record("igm-shared", seed, 0.5) for seed in (0, 1)]
+    for seed, each in enumerate(records):
+        for turn, value in zip(
+            each["after_turn"], (0.1, 0.8, 0.75, 0.7, 0.7, 0.7, 0.7, 0.7, 0.6 + 0.1 * seed), strict=True
+        ):
+            turn["scores"]["accuracy"]["audio"] = value
+    made = tables.table(1, [line("igm-shared", schedule="once")], records, about=ABOUT, tried={})
+    grid = next(grid for grid in made.grids if grid.title.startswith("Forgetting of audio"))
+    assert [cell.text for cell in grid.rows[0]] == ["igm-shared", "80.0 ± 0.0", "65.0 ± 7.1", "15.0 ± 7.1"]
+    kept = [each for each in csv.DictReader(io.StringIO(made.csv())) if each["weights"].startswith("after")]
+    assert [(each["weights"], each["of"], each["mean"]) for each in kept] == [
+        ("after its own, validation", "audio", "0.8"), ("after all, validation", "audio", "0.65"),
+    ]  # fmt: skip
+    assert not any("Forgetting" in grid.title for grid in of_first().grids)
 
 
 def test_a_difference_is_of_fusions(first):
@@ -244,7 +298,7 @@ def test_a_difference_is_of_fusions(first):
 def test_cost_tells_settings_time_memory_and_what_the_optimizer_told(first):
     grid = first.grids[-1]
     assert [cell.text for cell in rows_of(grid)["igm"]] == [
-        "0.03", "2.3 of 4", "2.00", "64", "0.9700", "–", "–", "0",
+        "0.03", "2.3 of 4", "2.00", "64", "0", "0.9700", "81.0%", "–", "–",
     ]  # fmt: skip
     row = next(row for row in first.results["rows"] if row["key"] == "igm")
     assert row["tried"] == [
@@ -258,8 +312,8 @@ def test_second_table_has_sam_and_modification():
     records = [record(key, seed, 0.5 + 0.1 * at) for at, key in enumerate("abcd") for seed in (0, 1)]
     grid = tables.table(2, lines, records, about=ABOUT, tried={}).grids[0]
     assert grid.words == ["SAM", "GM"]
-    assert grid.groups == [("accuracy: each branch, and the fusions", [*NAMES, "mean", "entropy", "calibrated"])]
-    assert [cell.text for cell in grid.rows[3]] == ["✓", "✓", *(f"{80 + at}.0 ± 0.0" for at in range(5))]
+    assert grid.groups == [("accuracy: each branch, and the fusions", [*NAMES, "mean", "entropy", "calibrated", "sum"])]
+    assert [cell.text for cell in grid.rows[3]] == ["✓", "✓", *(f"{80 + at}.0 ± 0.0" for at in range(6))]
 
 
 def test_third_table_goes_turn_by_turn_and_marks_what_is_igm():
@@ -299,9 +353,38 @@ def test_fourth_table_shows_the_modified_share_and_compares_with_none():
     assert [row[1].text for row in grid.rows] == ["61.0%", "30.0%", "–"]
     assert [row[0].text for row in grid.rows] == ["50%", "head", "0% (none)"]
     rows = rows_of(made.grids[1])
-    assert {key: cells[0].text for key, cells in rows.items()} == {
+    assert {key: cells[1].text for key, cells in rows.items()} == {
         "50% − 0% (none)": "−20.0 ± 0.0", "head − 0% (none)": "−10.0 ± 0.0",
     }  # fmt: skip
+
+
+def test_rows_of_the_fourth_table_that_are_the_same_runs_say_so():
+    lines = [line("wide", "50%"), line("igm", "head"), line("none", "0% (none)")]
+    shares = {"wide": 0.3, "igm": 0.3, "none": None}
+    records = [
+        record(key, seed, 0.5 + 0.1 * (key == "none"), projected_share=shares[key]) for key in shares for seed in (0, 1)
+    ]
+    grid = tables.table(4, lines, records, about=ABOUT, tried={}).grids[0]
+    assert [row[1].text for row in grid.rows] == ["30.0% = head", "30.0%", "–"]
+
+
+def test_time_and_memory_are_the_middle_of_the_seeds():
+    records = [record("igm", seed, 0.5, seconds_per_step=slow) for seed, slow in enumerate((0.002, 0.9, 0.003))]
+    grid = tables.table(1, [line("igm")], records, about=ABOUT, tried={}).grids[-1]
+    assert rows_of(grid)["igm"][2].text == "3.00"
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        ({}, "table-1-watch"),
+        ({"protocol": "paper"}, "table-1-watch-paper"),
+        ({"methods": ["igm"]}, "table-1-watch-part"),
+        ({"protocol": "paper", "methods": ["igm"]}, "table-1-watch-paper-part"),
+    ],
+)
+def test_what_is_not_the_table_itself_has_a_name_of_its_own(about, name):
+    assert of_first(**about).name == name
 
 
 def test_one_seed_has_no_spread_and_no_interval():
@@ -450,9 +533,9 @@ def shifted(table, by, **versions):
 
 def test_the_same_table_is_reproduced(first):
     found = reproduction.compare(first.results, json.loads(first.json()))
-    # 2 sets of weights, 3 measures; 1 + 1 + 7 + 6 + 6 + 6 predictions
-    assert (found.exact, found.figures, found.largest, found.problems) == (True, 2 * 3 * 27, 0.0, ())
-    assert found.text.startswith("reproduced: 162 figures compared, largest difference 0.000000; made with the same")
+    # 2 sets of weights, 3 measures; 2 + 2 + 8 + 6 + 6 + 6 predictions
+    assert (found.exact, found.figures, found.largest, found.problems) == (True, 2 * 3 * 30, 0.0, ())
+    assert found.text.startswith("reproduced: 180 figures compared, largest difference 0.000000; made with the same")
 
 
 def test_the_same_arithmetic_must_give_the_same_figures(first):
@@ -562,7 +645,10 @@ def test_page_has_every_table_and_picture_under_its_command(tmp_path):
 def test_page_says_which_tables_were_selected_on_the_test_set(tmp_path):
     stored(tmp_path)
     of_first(protocol="paper").write(tmp_path / "tables")
-    assert f"**{tables.PAPER_WARNING}**" in page.page(tmp_path)
+    text = page.page(tmp_path)
+    assert f"**{tables.PAPER_WARNING}**" in text
+    assert "[Table 1](#table-1-watch), [Table 1 (selected on the test set)](#table-1-watch-paper)" in text
+    assert "### Table 1 on watch (selected on the test set): all methods" in text
 
 
 @pytest.mark.parametrize(
@@ -645,7 +731,7 @@ def test_a_table_of_the_papers_protocol_says_so_first(tmp_path, capsys):
     ]
     assert command.main(told) == 0
     assert capsys.readouterr().out.strip().splitlines()[0] == tables.PAPER_WARNING
-    text = (tmp_path / "tables" / "table-1-mfeat.md").read_text(encoding="utf-8")
+    text = (tmp_path / "tables" / "table-1-mfeat-paper-part.md").read_text(encoding="utf-8")
     assert text.splitlines()[0] == f"**{tables.PAPER_WARNING}**"
     assert "--protocol paper" in text.split("Made by `")[1].splitlines()[0]
 

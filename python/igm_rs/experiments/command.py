@@ -12,6 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import igm_rs
+
 from .configuration import BASES, PROTOCOLS, Config, cores, count, load_config
 from .extra import what_to_install
 
@@ -62,12 +64,18 @@ def _process_lost() -> type[BaseException]:
 
 def _train(options: argparse.Namespace) -> int:
     """Train a method, or several, and print what each reaches on the test split."""
+    from . import plans
     from .methods import Row, keyed
     from .running import tune
 
     data, config, source = _begin(options)
+    _check_used(options, options.method)
+    if plans.ONE_SIDED in options.method and config.sources is None:
+        raise ValueError(
+            f"method is {plans.ONE_SIDED!r} without --sources, expected such as --sources audio=video,video=none"
+        )
     rows = []
-    for key in options.method:
+    for key in dict.fromkeys(options.method):
         alone = keyed(key).schedule == "single"
         rows += [Row(key, group) for group in ([(name,) for name in data.modalities] if alone else [data.modalities])]
     choices = tune(rows, config, options.out, options.workers, resume=options.resume, source=source)
@@ -87,6 +95,8 @@ def _table(options: argparse.Namespace) -> int:
     stored = None if options.compare is None else tables.Table.read(options.compare)
     data, config, source = _begin(options)
     lines = plans.plan(options.number, data.modalities, options.methods)
+    _check_own_subject(options.number, config)
+    _check_used(options, [line.row.method for line in lines])
     tuned = [line.tuned_as for line in lines]
     choices = tune(tuned, config, options.out, options.workers, resume=options.resume, source=source)
     rates = {line.row: choices[line.tuned_as].learning_rate for line in lines}
@@ -98,6 +108,7 @@ def _table(options: argparse.Namespace) -> int:
         "modalities": list(data.modalities),
         "split": data.sizes,
         "protocol": config.protocol,
+        "methods": options.methods,
         "command": _command(options),
         "config": config.plain(),
         "versions": versions(),
@@ -171,6 +182,17 @@ def _begin(options: argparse.Namespace) -> tuple[DataSet, Config, Source]:
         for each in (name, whose):
             if each is not None and each not in data.modalities:
                 raise ValueError(f"sources names {each!r}, expected {', '.join(data.modalities)} or none")
+    missing = [name for name in data.modalities if config.sources is not None and name not in config.sources]
+    if missing:
+        raise ValueError(
+            f"sources has no {missing[0]!r}, expected whose T acts on each of {', '.join(data.modalities)}"
+        )
+    if options.base == "adam" and options.momentum is not None:
+        raise ValueError(f"momentum is {options.momentum:g} with base adam, expected base sgd: Adam has its own")
+    if config.learning_rate is not None and (options.rates or options.tuning_seeds):
+        raise ValueError(
+            "rates or tuning_seeds beside learning_rate, expected one or the other: nothing is tuned with it"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     if not os.access(options.out, os.W_OK):
         raise PermissionError(f"folder {options.out} cannot be written to")
@@ -186,6 +208,46 @@ def _config(options: argparse.Namespace) -> Config:
 
 def _plain(value: Any) -> Any:
     return None if value == "none" else value
+
+
+def _check_used(options: argparse.Namespace, keys: Sequence[str]) -> None:
+    """Refuse a given value that none of the methods goes by.
+
+    Raises
+    ------
+    ValueError
+        If there is one.
+    """
+    from .methods import METHODS, keyed
+    from .methods.base import PARTICULAR
+
+    used = [keyed(key).uses for key in keys]
+    if None in used:  # a user's own method
+        return
+    for name in PARTICULAR:
+        if getattr(options, name) is not None and not any(name in uses for uses in used if uses is not None):
+            fit = [key for key, method in METHODS.items() if name in (method.uses or ())]
+            raise ValueError(
+                f"{_option(name)} has no part in {', '.join(dict.fromkeys(keys))}, expected {', '.join(fit)}"
+            )
+
+
+def _check_own_subject(number: int, config: Config) -> None:
+    """Refuse a value that takes from a table what it is about.
+
+    Raises
+    ------
+    ValueError
+        If there is one.
+    """
+    if number == 2 and (config.rho == 0 or config.tau == 0):
+        raise ValueError(
+            f"rho is {config.rho:g} and tau {config.tau:g}, expected both above 0: table 2 is with and without"
+        )
+    if number == 3 and config.sources is not None:
+        raise ValueError("sources is given, expected none: table 3 has its own for every row")
+    if number == 4 and config.scope is not None:
+        raise ValueError(f"scope is {config.scope:g}, expected none: table 4 has its own for every row")
 
 
 def _final(
@@ -205,8 +267,9 @@ def _summary(data: DataSet, config: Config, rows: Sequence[Row], records: Sequen
     from .statistics import summary
     from .tables import PAPER_WARNING
 
+    seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
     grid = Grid(
-        f"{data.title or data.name}: test accuracy in percent at the chosen round, {config.seeds} seeds",
+        f"{data.title or data.name}: test accuracy in percent at the chosen round, {seeds}",
         ["method"],
         [("", ["lr"]), ("branches", list(data.modalities)), ("fusions", list(FUSIONS))],
     )
@@ -264,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="igm-rs",
         description="The paper's experiments on real data: one command a table, one a figure.",
     )
+    parser.add_argument("--version", action="version", version=f"igm-rs {igm_rs.__version__}")
     parts = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = parts.add_parser("train", help="train a method with several seeds and measure it on the test split")
     train.add_argument("--method", nargs="+", required=True, metavar="KEY", help="methods, see igm-rs list")
@@ -282,13 +346,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_source_options(listed)
     listed.set_defaults(run=_list)
     page = parts.add_parser("page", help="write the results page from stored tables and figures")
-    page.add_argument("--out", type=Path, default=OUT, help="folder of results (default: results)")
+    page.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="folder of results (default: results)")
     page.set_defaults(run=_page)
     return parser
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", type=Path, help="where the data set's files lie, if not in the package")
+    parser.add_argument(
+        "--folder", type=Path, metavar="FOLDER", help="where the data set's files lie, if not in the package"
+    )
     parser.add_argument(
         "--register", type=Path, nargs="+", default=[], metavar="FILE",
         help="Python files that register data sets or methods",
@@ -299,8 +365,12 @@ def _add_run_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Na
     """Add what train, table and figure have in common: one option for every value of the configuration among it."""
     parser.set_defaults(run=run)
     parser.add_argument("--data", required=True, metavar="NAME", help="data set, see igm-rs list")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of results and runs (default: results)")
-    parser.add_argument("--workers", type=count, default=cores(), help="runs side by side (default: all cores)")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="FOLDER", help="folder of results and runs (default: results)"
+    )
+    parser.add_argument(
+        "--workers", type=count, default=cores(), metavar="N", help="runs side by side (default: all cores)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue interrupted runs, bit for bit")
     _add_source_options(parser)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file in place of the data set's own")

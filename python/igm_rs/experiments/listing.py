@@ -9,7 +9,7 @@ from typing import Any
 from .data import describe, names
 from .methods import METHODS
 from .page import FIGURES
-from .plans import TABLES
+from .plans import ONE_SIDED, TABLES
 
 __all__ = ["listing"]
 
@@ -24,9 +24,9 @@ def listing(folder: Path | None = None) -> str:
         there the reason is told in its place.
     """
     parts = ["Data sets (--data)", *(_data_set(name, folder) for name in names())]
-    parts.append(
-        _block("Methods (--method)", {key: method.label.format("a modality") for key, method in METHODS.items()})
-    )
+    methods = {key: method.label.format("a modality") for key, method in METHODS.items()}
+    methods[ONE_SIDED] += ", with --sources; the rows of table 3"
+    parts.append(_block("Methods (--method)", methods))
     parts.append(_block("Tables (igm-rs table NUMBER)", {str(number): shows for number, shows in TABLES.items()}))
     parts.append(_block("Figures (igm-rs figure NAME)", FIGURES))
     return "\n\n".join(parts)
@@ -60,9 +60,9 @@ def _data_set(name: str, folder: Path | None) -> str:
 
 def _modality(name: str, told: Mapping[str, Any]) -> str:
     """A modality's name, kind and shape."""
-    shape = " × ".join(map(str, told["shape"]))
-    ids = f", {told['vocabulary']} word ids" if "vocabulary" in told else ""
-    return f"{name} ({told['kind']} of {shape}{ids})"
+    if "vocabulary" in told:
+        return f"{name} ({told['kind']} of up to {told['shape'][0]} words, {told['vocabulary']} word ids)"
+    return f"{name} ({told['kind']} of {' × '.join(map(str, told['shape']))})"
 
 
 def _baselines(told: Mapping[str, Any]) -> list[str]:

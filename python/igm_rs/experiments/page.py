@@ -95,9 +95,9 @@ def _tables(folder: Path) -> list[Table]:
     known = names()
     found = [Table.read(path) for path in sorted((folder / "tables").glob("table-*.json"))]
 
-    def place(table: Table) -> tuple[int, str, int]:
+    def place(table: Table) -> tuple[int, str, int, str]:
         dataset = table.results["dataset"]
-        return (known.index(dataset) if dataset in known else len(known), dataset, table.results["table"])
+        return (known.index(dataset) if dataset in known else len(known), dataset, table.results["table"], table.name)
 
     return sorted(found, key=place)
 
@@ -122,12 +122,20 @@ def _contents(datasets: Sequence[str], tables: Sequence[Table], pictures: Sequen
     """What is on the page: a line a data set, a link each."""
     lines = []
     for name in datasets:
-        numbers = [table.results["table"] for table in tables if table.results["dataset"] == name]
-        links = [f"[Table {number}](#{_anchor('table', number, name)})" for number in numbers]
+        mine = [table for table in tables if table.results["dataset"] == name]
+        links = [f"[Table {table.results['table']}{_kind(table)}](#{table.name})" for table in mine]
         figures = [figure for figure, dataset, _ in pictures if dataset == name]
         links += [f"[Figure {figure}](#{_anchor('figure', figure, name)})" for figure in figures]
         lines.append(f"- {name}: {', '.join(links)}")
     return "\n".join(lines)
+
+
+def _kind(table: Table) -> str:
+    """What sets a table apart from the one that its command makes without further options."""
+    results = table.results
+    words = ["selected on the test set"] * (results["protocol"] == "paper")
+    words += ["some methods"] * (results["methods"] is not None)
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _table(table: Table) -> str:
@@ -137,7 +145,7 @@ def _table(table: Table) -> str:
     number, dataset = results["table"], results["dataset"]
     base = f"tables/{table.name}"
     parts = [
-        f'<a id="{_anchor("table", number, dataset)}"></a>\n\n### Table {number} on {dataset}: {TABLES[number]}',
+        f'<a id="{table.name}"></a>\n\n### Table {number} on {dataset}{_kind(table)}: {TABLES[number]}',
         *(f"**{line}**" for line in warning),
         f"```\n{results['command']}\n```",
         f"{seeds} Numbers: [JSON]({base}.json), [CSV]({base}.csv).",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .methods import METHODS, Row
 
-__all__ = ["EFFECTS", "SCOPES", "TABLES", "Effect", "Line", "plan"]
+__all__ = ["EFFECTS", "ONE_SIDED", "RATES", "SCOPES", "TABLES", "Effect", "Line", "plan"]
 
 TABLES = {
     1: "all methods",
@@ -35,8 +35,8 @@ class Line:
         What the row is called in this table, one entry for each of the table's columns of words.
     tuned_as : Row
         The row whose learning rate it takes. In Table 1 every method has its own, but a control has that of what it
-        controls. The rows of the other tables are IGM with something left out or added, and all have IGM's: what differs
-        between them is what the table is about.
+        controls. The rows of the other tables are IGM with something left out or added, and all have IGM's: what
+        differs between them is what the table is about.
     """
 
     row: Row
@@ -63,6 +63,15 @@ class Effect:
     theirs: str
     fusions: tuple[str, str] | None = None
 
+
+RATES = {
+    1: "every method has its own, a control that of what it controls; where the two sides of a comparison differ, both "
+    "are given, and the comparison is one of rates, too",
+    2: "that of IGM in all rows",
+    3: "that of IGM in all rows",
+    4: "that of IGM in all rows",
+}
+"""Which learning rate the rows of each table have, in words."""
 
 EFFECTS = {
     1: (
@@ -123,6 +132,8 @@ def plan(number: int, modalities: Sequence[str], methods: Sequence[str] | None =
         raise ValueError(
             f"methods: table {number} is about the methods that it has, expected a choice for table 1 only"
         )
+    if ONE_SIDED in (methods or ()):
+        raise ValueError(f"methods has {ONE_SIDED}, whose rows are those of table 3, expected others for table 1")
     if len(modalities) < 2:
         raise ValueError(f"modalities are {', '.join(modalities)}, expected at least two to compare methods")
     names = tuple(modalities)

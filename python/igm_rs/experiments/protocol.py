@@ -14,6 +14,9 @@ WORDS = {
 }
 """Fusions that can choose, in words."""
 
+ONCE = "every origin (a person, a title; else each example) counting once"
+"""How validation is counted where something is chosen."""
+
 
 def protocol(config: Config, workers: int) -> list[str]:
     """Say how the comparison is made.
@@ -34,8 +37,8 @@ def protocol(config: Config, workers: int) -> list[str]:
         f"Budget: each modality gets {config.steps} gradient steps of {config.batch_size} examples in every "
         "method, its i-th step always on the same examples, from the same initial encoder. A step of joint training is "
         "a step of every modality. The second pass of SAM belongs to its step: it is not counted, but its time is. "
-        f"ms/step is wall time over the steps of all modalities, on one thread, with up to {workers} runs side by "
-        "side; peak memory is that of the process, torch and data included."
+        f"ms/step is wall time over the steps of all modalities, T's included, on one thread, with up to {workers} "
+        "runs side by side."
     )
     under = "Adam" if config.base == "adam" else f"SGD with momentum {config.momentum:g}"
     projected = (
@@ -46,22 +49,23 @@ def protocol(config: Config, workers: int) -> list[str]:
     methods = (
         f"Methods: {under} and weight decay {config.weight_decay:g}, learning rate on half a cosine; turns of "
         f"{config.turn_steps} batches; SAM with ρ = {config.rho:g}; flat modification with τ = {config.tau:g} in "
-        f"{projected}; MLA with one linear head for all modalities, which take each batch one after another, and its "
-        "orthogonal projection. Shared trunk: two layers that all modalities share, trained one modality after another "
-        f"in a single long turn each, without SAM; its T has τ = {config.trunk_tau:g} and is made of the full second "
-        "moment with the bias of all earlier modalities."
+        f"{projected}; MLA with one linear head for all modalities, which take each batch one after another, and the "
+        f"recursion of its paper for the orthogonal projection, kept for the whole training (α = {config.alpha:g}). "
+        "Shared trunk: two layers that all modalities share, trained one modality after another in a single long turn "
+        f"each, without SAM; its T has τ = {config.trunk_tau:g} and is made of the full second moment with the bias of "
+        "all earlier modalities."
     )
     rounds = (
-        f"the round with the highest validation accuracy of {WORDS[CHOSEN_BY]} (of a joint head: its own)"
+        f"the round with the highest validation accuracy of {WORDS[CHOSEN_BY]} (of a joint head: its own), {ONCE}"
         if config.protocol == "validation"
         else "THE ROUND WITH THE HIGHEST TEST ACCURACY, as the released scripts do"
     )
     if config.learning_rate is None:
         grid = ", ".join(f"{rate:g}" for rate in config.rates)
+        seeds = "a seed" if len(config.tuning_seeds) == 1 else f"{len(config.tuning_seeds)} seeds"
         rate = (
-            f"the learning rate (of {grid}) is chosen for each row by the validation accuracy of {WORDS[CHOSEN_BY]} "
-            f"at its best round, mean over {len(config.tuning_seeds)} seeds that the final runs do not use; "
-            "these runs hold no test data"
+            f"the learning rate (of {grid}) is chosen by the validation accuracy of {WORDS[CHOSEN_BY]} at its best "
+            f"round, {ONCE}, mean over {seeds} that the final runs do not use; these runs hold no test data"
         )
     else:
         rate = f"every row has learning rate {config.learning_rate:g}"

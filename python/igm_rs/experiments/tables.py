@@ -8,12 +8,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from .evaluation import FUSIONS, MEASURES, of_fusion
 from .grids import Cell, Grid
-from .plans import EFFECTS, TABLES, Effect, Line
+from .plans import EFFECTS, RATES, TABLES, Effect, Line
 from .statistics import Difference, Summary, paired_difference, summary
 
 __all__ = ["MINUS", "PAPER_WARNING", "Table", "condensed", "difference", "figure", "figures", "table", "values"]
@@ -26,12 +26,21 @@ Results = dict[str, Any]
 
 PAPER_WARNING = (
     "SELECTED ON THE TEST SET (--protocol paper): the round is the best on the test split, as in the released scripts, "
-    "so every figure here is too good."
+    "so every figure at the chosen round is too good."
 )
 """First line of every table that such runs are in."""
 
-SHOWN = {"mean": "mean", "entropy": "entropy", "calibrated": "calibrated"}
-"""Fusions in the tables, with their headings; the files hold all."""
+SHOWN = {"mean": "mean", "entropy": "entropy", "calibrated": "calibrated", "sum": "sum"}
+"""Fusions in the tables, with their headings."""
+
+TRUSTED = ("mean", "entropy", "calibrated")
+"""Those whose NLL is shown: summed logits are no probabilities to be trusted."""
+
+JOINT_TOO = (
+    "A modality alone has one prediction, and so has a joint head: it stands in all columns, in the calibrated one "
+    "with a temperature of its own."
+)
+"""What the columns of the fusions hold where there is nothing to fuse."""
 
 NAMES = {"accuracy": "accuracy", "map": "MAP", "macro_f1": "macro-F1", "nll": "NLL"}
 """Measures, with their headings; the first three in percent, the last in nats."""
@@ -43,8 +52,8 @@ WEIGHTS = ("chosen", "last")
 """Rounds whose weights are measured."""
 
 KEPT = (
-    *("table", "shows", "dataset", "title", "classes", "modalities", "split", "protocol", "command", "config"),
-    *("versions", "revision", "words", "rows"),
+    *("table", "shows", "dataset", "title", "classes", "modalities", "split", "protocol", "methods", "command"),
+    *("config", "versions", "revision", "words", "rows"),
 )
 """What the file of a table holds."""
 
@@ -67,7 +76,7 @@ def condensed(record: Record, names: Sequence[str]) -> dict[str, Any]:
     names : sequence of str
         Modalities and fusions in the order in which each measure is to list them.
     """
-    kept = ("seconds_per_step", "seconds", "peak_memory", "skipped", "cosine", "effective_perturbation")
+    kept = ("seconds_per_step", "seconds", "peak_memory", "skipped", "cosine", "kept", "effective_perturbation")
     return {
         "seed": record["seed"],
         "rounds": {weights: record[weights]["round"] for weights in WEIGHTS},
@@ -112,6 +121,11 @@ def _row(line: Line, records: Sequence[Record], tried: Mapping[float, float], by
                 [_rounded(turn["scores"]["accuracy"][name]) for name in row["of_turns"]]
                 for turn in record["after_turn"]
             ]
+    elif line.row.of.schedule == "once":
+        first = line.row.modalities[0]
+        for run, record in zip(row["runs"], records, strict=True):
+            of_first = [turn["scores"]["accuracy"][first] for turn in record["after_turn"]]
+            run["first_modality"] = {"after_its_own": _rounded(of_first[1]), "after_all": _rounded(of_first[-1])}
     return row
 
 
@@ -150,9 +164,11 @@ def figures(row: Results) -> dict[tuple[str, str, str], Summary]:
     }
 
 
-def difference(mine: Results, theirs: Results, measure: str, fusions: tuple[str, str]) -> Difference:
-    """Return one row's fusion minus another row's, at the chosen round, seed by seed."""
-    one, other = (values(row, "chosen", measure, name) for row, name in zip((mine, theirs), fusions, strict=True))
+def difference(
+    mine: Results, theirs: Results, measure: str, fusions: tuple[str, str], weights: str = "chosen"
+) -> Difference:
+    """Return one row's fusion minus another row's, at the chosen or at the last round, seed by seed."""
+    one, other = (values(row, weights, measure, name) for row, name in zip((mine, theirs), fusions, strict=True))
     if one is None or other is None:
         raise ValueError(f"fusions are {', '.join(fusions)}, expected two of {', '.join(FUSIONS)}")
     return paired_difference(one, other)
@@ -177,8 +193,9 @@ def table(
     records : sequence of mapping
         The final runs of its rows, as they are stored; runs of other rows are left alone.
     about : mapping
-        ``dataset``, ``title``, ``classes``, ``modalities``, ``split``, ``protocol``, ``command``, ``config``,
-        ``versions``, ``revision`` and ``words``, the paragraphs that say how the comparison is made.
+        ``dataset``, ``title``, ``classes``, ``modalities``, ``split``, ``protocol``, ``methods`` (keys, where only
+        some were wanted, or None), ``command``, ``config``, ``versions``, ``revision`` and ``words``, the paragraphs
+        that say how the comparison is made.
     tried : mapping of str to mapping
         By the key of a row: validation accuracy by learning rate, of its tuning.
 
@@ -199,12 +216,18 @@ def table(
 
 
 def _told(row: Results, name: str) -> float | None:
-    """Return the mean over seeds of what a run tells of itself, where it does."""
+    """Return the mean over seeds of what a run tells of itself, where it does; of time and memory the median."""
     found = [run[name] for run in row["runs"] if run[name] is not None]
-    return fmean(found) if found else None
+    middle = median if name in ("seconds_per_step", "peak_memory") else fmean
+    return middle(found) if found else None
 
 
 # Layout
+
+
+def _shown(measure: str) -> tuple[str, ...]:
+    """Which fusions a measure is shown of."""
+    return TRUSTED if measure == "nll" else tuple(SHOWN)
 
 
 def _scale(measure: str) -> tuple[int, int]:
@@ -268,7 +291,8 @@ def _compared(results: Results, words: list[str]) -> Grid:
     rows = {row["key"]: row for row in results["rows"]}
     keys = [key for key in REFERENCES if key in rows]
     columns, groups = [], []
-    for measure, fusion in (("accuracy", "mean"), ("accuracy", "calibrated"), ("nll", "calibrated")):
+    pairs = (("accuracy", "mean"), ("accuracy", "sum"), ("accuracy", "calibrated"), ("nll", "calibrated"))
+    for measure, fusion in pairs:
         groups.append((f"{NAMES[measure]}, {fusion}", [f"− {REFERENCES[key]}" for key in keys]))
         columns += [
             [
@@ -283,21 +307,43 @@ def _compared(results: Results, words: list[str]) -> Grid:
     return Grid(title, words, groups, _columns_to_rows([row["words"] for row in rows.values()], columns), CLEAR)
 
 
-def _effects(table: Table) -> Grid:
-    """Return the part with the comparisons that the plan names."""
+def _effects(table: Table, weights: str) -> Grid:
+    """Return the part with the comparisons that the plan names, at the chosen or at the last round."""
     rows = {row["key"]: row for row in table.results["rows"]}
     body = []
     for effect in table.effects:
-        cells = [Cell(effect.label)]
+        rates = [f"{rows[key]['learning_rate']:g}" for key in (effect.mine, effect.theirs)]
+        cells = [Cell(effect.label), Cell(", ".join(dict.fromkeys(rates)))]
         for measure in ("accuracy", "nll"):
-            for fusion in SHOWN:
+            for fusion in _shown(measure):
                 fusions = effect.fusions or (fusion, fusion)
                 shown = fusions[0] == fusion
-                found = difference(rows[effect.mine], rows[effect.theirs], measure, fusions)
+                found = difference(rows[effect.mine], rows[effect.theirs], measure, fusions, weights)
                 cells.append(_signed(found, measure) if shown else Cell(MISSING))
         body.append(cells)
-    groups = [(NAMES[measure], list(SHOWN.values())) for measure in ("accuracy", "nll")]
-    return Grid("What is worth how much: paired differences, ± 95 % interval", [MINUS], groups, body, CLEAR)
+    headings = {measure: [SHOWN[name] for name in _shown(measure)] for measure in ("accuracy", "nll")}
+    groups = [("", ["lr"]), *((NAMES[measure], heads) for measure, heads in headings.items())]
+    title = f"What is worth how much at the {weights} round: paired differences, ± 95 % interval"
+    note = f"{CLEAR} Learning rate: {RATES[table.results['table']]}."
+    return Grid(title, [MINUS], groups, body, note)
+
+
+def _forgetting(results: Results) -> Grid | None:
+    """Return the part with what the first modality of a shared trunk has lost in the end; None where there is none."""
+    rows = [row for row in results["rows"] if "first_modality" in row["runs"][0]]
+    if not rows:
+        return None
+    body = []
+    for row in rows:
+        told = [run["first_modality"] for run in row["runs"]]
+        lost = [each["after_its_own"] - each["after_all"] for each in told]
+        then, now = ([each[name] for each in told] for name in ("after_its_own", "after_all"))
+        body.append([*map(Cell, row["words"]), *(Cell(_spread(summary(each))) for each in (then, now, lost))])
+    first = results["modalities"][0]
+    heads = ["after its own training", "after all", "forgotten"]
+    note = "Last round; validation, where it is looked at without choosing anything. No SAM."
+    return Grid(f"Forgetting of {first}, trained first through a trunk that all share", ["method"],
+                [(f"accuracy of {first}", heads)], body, note)  # fmt: skip
 
 
 def _cost(results: Results, words: list[str]) -> Grid:
@@ -310,19 +356,25 @@ def _cost(results: Results, words: list[str]) -> Grid:
             f"{fmean(run['rounds']['chosen'] for run in runs):.1f} of {runs[0]['rounds']['last']}",
             _written(row, "seconds_per_step", "{:.2f}", 1000),
             _written(row, "peak_memory", "{:.0f}", 2**-20),
+            str(sum(run["skipped"] for run in runs)),
             _written(row, "cosine", "{:.4f}"),
+            _written(row, "kept", "{:.1%}"),
             _written(row, "projected_share", "{:.1%}"),
             _written(row, "effective_perturbation", "{:.1%}"),
-            str(sum(run["skipped"] for run in runs)),
         ]
         body.append([*map(Cell, row["words"]), *map(Cell, cells)])
-    heads = ["lr", "round", "ms/step", "peak MiB", "cosine", "modified", "ρ realised", "skipped"]
+    groups = [
+        ("", ["lr", "round", "ms/step", "MiB", "skipped"]),
+        ("told by the optimizer", ["cosine", "norm kept", "modified", "ρ realised"]),
+    ]
     note = (
-        "lr, round: the learning rate, and the round chosen (mean over seeds). cosine: of a projected layer's gradient "
-        "before and after its T; 1 means that nothing happens. modified: share of the parameters whose gradient a T "
-        "acts on. ρ realised: ‖perturbation that arrived in the weights‖/ρ."
+        f"lr, round: the learning rate ({RATES[results['table']]}), and the round chosen (mean over seeds). ms/step, "
+        "MiB: median over the seeds of time, and of the peak of memory above what the process held before the run. "
+        "cosine, norm kept: of a projected layer's gradient before and after its T; 1 and 100 % mean that nothing "
+        "happens. modified: share of the parameters whose gradient a T acts on. ρ realised: ‖perturbation that arrived "
+        "in the weights‖/ρ."
     )
-    return Grid("Settings and cost", words, [("", heads)], body, note)
+    return Grid("Settings and cost", words, groups, body, note)
 
 
 def _written(row: Results, name: str, pattern: str, factor: float = 1) -> str:
@@ -341,27 +393,24 @@ CLEAR = "Bold (*): the interval leaves out zero."
 def _first(results: Results) -> list[Grid]:
     words = ["method"]
     main = _measured(results, "Chosen round, test", words, "chosen", ("accuracy", "map", "macro_f1"))
-    main.note = (
-        f"{RANKS}. †: worse than the best single modality. A modality alone has one prediction, and so has a joint "
-        "head: it stands in all columns."
-    )
+    main.note = f"{RANKS}. †: worse than the best single modality. {JOINT_TOO}"
     last = _measured(results, "Last round, test", words, "last", ("accuracy", "map", "macro_f1"))
     last.note = main.note
     names = results["modalities"]
     branches = Grid(
         "Each modality's branch, and how far probabilities can be trusted; chosen round, test",
         words,
-        [("accuracy of the branch", list(names)), ("NLL", list(SHOWN.values()))],
+        [("accuracy of the branch", list(names)), ("NLL", [SHOWN[name] for name in TRUSTED])],
         _columns_to_rows(
             [row["words"] for row in results["rows"]],
             [_ranked(results["rows"], "chosen", "accuracy", name) for name in names]
-            + [_ranked(results["rows"], "chosen", "nll", name) for name in SHOWN],
+            + [_ranked(results["rows"], "chosen", "nll", name) for name in TRUSTED],
         ),
-        f"{RANKS}.",
+        f"{RANKS}. The branch of a joint head is given zeros for the other modalities' features.",
     )
-    if not any(row["key"] in REFERENCES for row in results["rows"]):
-        return [main, last, branches]
-    return [main, last, branches, _compared(results, words)]
+    forgetting = _forgetting(results)
+    out = [main, last, branches, *([] if forgetting is None else [forgetting])]
+    return [*out, _compared(results, words)] if any(row["key"] in REFERENCES for row in results["rows"]) else out
 
 
 def _second(results: Results) -> list[Grid]:
@@ -393,7 +442,7 @@ def _third(results: Results) -> list[Grid]:
     title = "Validation accuracy of the mean fusion after each turn"
     note = (
         "Bold (*): the same as IGM in every seed, to the last digit, as it must be until the modification is first "
-        f"left out. Rounds 1, 2, the middle and the last of {last}; the files hold all."
+        f"left out; nothing is chosen here. Rounds 1, 2, the middle and the last of {last}; the files hold all."
     )
     by_turn = Grid(title, ["method"], groups, _columns_to_rows([row["words"] for row in rows], columns), note)
     test = _measured(results, "Chosen round, test", ["method"], "chosen", ("accuracy", "map"), names)
@@ -411,12 +460,15 @@ def _fourth(results: Results) -> list[Grid]:
     words = ["scope"]
     grid = _measured(results, "Chosen round, test", words, "chosen", ("accuracy", "map", "macro_f1"))
     shares = [Cell(_written(row, "projected_share", "{:.1%}")) for row in results["rows"]]
-    for row, share in zip(grid.rows, shares, strict=True):
-        row.insert(1, share)
+    scores = [[run["scores"] for run in row["runs"]] for row in results["rows"]]
+    for at, (row, share) in enumerate(zip(grid.rows, shares, strict=True)):
+        same = [other for other in range(at + 1, len(scores)) if scores[other] == scores[at]]
+        row.insert(1, Cell(f"{share.text} = {grid.rows[same[-1]][0].text}") if same else share)
     grid.groups.insert(0, ("", ["modified"]))
     grid.note = (
         f"{RANKS}. scope: wanted share of each modality's parameters, layers taken from the output backwards until it "
-        "is reached; modified: the share whose gradient a T acts on."
+        "is reached; modified: the share whose gradient a T acts on, which takes a layer as wide in the other "
+        "modality. “= head”: the same layers as in that row, so the same figures."
     )
     return [grid]
 
@@ -461,8 +513,10 @@ class Table:
 
     @property
     def name(self) -> str:
-        """Name of its files, such as ``"table-1-watch"``."""
-        return f"table-{self.results['table']}-{self.results['dataset']}"
+        """Name of its files: ``table-1-watch``; ``-paper`` selected on the test set, ``-part`` of some methods only."""
+        results = self.results
+        more = ["paper"] * (results["protocol"] == "paper") + ["part"] * (results["methods"] is not None)
+        return "-".join(["table", str(results["table"]), results["dataset"], *more])
 
     @property
     def heading(self) -> list[str]:
@@ -497,7 +551,7 @@ class Table:
         number = self.results["table"]
         parts = PARTS[number](self.results)
         if self.effects:
-            parts.append(_effects(self))
+            parts += [_effects(self, weights) for weights in (WEIGHTS if number == 1 else WEIGHTS[:1])]
         return [*parts, _cost(self.results, WORDS[number])]
 
     def plain(self, width: int | None = None) -> str:
@@ -542,11 +596,15 @@ class Table:
                 for name in row["of_turns"]:
                     found = summary(_after_turn(row, at, name))
                     yield [key, weights, "accuracy", name, "", found.mean, found.sd, None, found.seeds]
+            for name in ("after_its_own", "after_all") if "first_modality" in row["runs"][0] else ():
+                found = summary([run["first_modality"][name] for run in row["runs"]])
+                weights = f"{name.replace('_', ' ')}, validation"
+                yield [key, weights, "accuracy", row["modalities"][0], "", found.mean, found.sd, None, found.seeds]
             for measure in ("seconds_per_step", "peak_memory"):
                 found = summary([run[measure] for run in row["runs"]])
                 yield [key, "", measure, "", "", found.mean, found.sd, None, found.seeds]
         pairs = [
-            (mine, theirs, (fusion, fusion))
+            ("chosen", mine, theirs, (fusion, fusion))
             for mine in rows
             for theirs in (REFERENCES if self.results["table"] == 1 else ())
             if theirs in rows and mine != theirs
@@ -554,12 +612,13 @@ class Table:
         ]
         for effect in self.effects:
             choice = [(fusion, fusion) for fusion in SHOWN] if effect.fusions is None else [effect.fusions]
-            pairs += [(effect.mine, effect.theirs, fusions) for fusions in choice]
-        for mine, theirs, fusions in dict.fromkeys(pairs):
+            shown = WEIGHTS if self.results["table"] == 1 else WEIGHTS[:1]
+            pairs += [(weights, effect.mine, effect.theirs, fusions) for weights in shown for fusions in choice]
+        for weights, mine, theirs, fusions in dict.fromkeys(pairs):
             for measure in MEASURES:
-                minus = difference(rows[mine], rows[theirs], measure, fusions)
+                minus = difference(rows[mine], rows[theirs], measure, fusions, weights)
                 other = theirs if fusions[0] == fusions[1] else f"{theirs}: {fusions[1]}"
-                yield [mine, "chosen", measure, fusions[0], other, minus.mean, None, minus.half_width, minus.seeds]
+                yield [mine, weights, measure, fusions[0], other, minus.mean, None, minus.half_width, minus.seeds]
 
     def json(self) -> str:
         """Return all its numbers; one line a row."""
