@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import igm_rs
 from igm_rs.experiments import command, configuration, data, plans, registering, running
 from igm_rs.experiments.configuration import Config, load_config, override
 from igm_rs.experiments.methods import METHODS
@@ -119,17 +120,45 @@ def test_every_value_can_be_overridden(monkeypatch, tmp_path):
         "seeds": ("4", 4), "protocol": ("paper", "paper"),
     }  # fmt: skip
     assert {each.name for each in fields(Config)} - set(given) == {"data"}
-    words = [word for name, (text, _) in given.items() for word in (command._option(name), *text.split())]
-    options = command._parser().parse_args(["train", "--method", "igm", "--data", "toy", "--register", str(TOY), *words,
-                                            "--out", str(tmp_path)])  # fmt: skip
-    _, config, _ = command._begin(options)
-    assert {name: getattr(config, name) for name in given} == {name: value for name, (_, value) in given.items()}
-    again = shlex.split(command._command(options).replace("train ''", "train --method igm"))
-    assert again[0] == "igm-rs"
-    again[again.index("--register") + 1] = str(TOY)
-    assert command._begin(command._parser().parse_args([*again[1:], "--out", str(tmp_path)]))[1] == config
+    apart = {name: given.pop(name) for name in ("momentum", "learning_rate")}  # have no part beside adam and rates
+    for several in (given, apart):
+        words = [word for name, (text, _) in several.items() for word in (command._option(name), *text.split())]
+        options = command._parser().parse_args(
+            ["train", "--method", "igm", "--data", "toy", "--register", str(TOY), *words, "--out", str(tmp_path)]
+        )
+        _, config, _ = command._begin(options)
+        found = {name: getattr(config, name) for name in several}
+        assert found == {name: value for name, (_, value) in several.items()}
+        again = shlex.split(command._command(options).replace("train ''", "train --method igm"))
+        assert again[0] == "igm-rs"
+        again[again.index("--register") + 1] = str(TOY)
+        assert command._begin(command._parser().parse_args([*again[1:], "--out", str(tmp_path)]))[1] == config
     words = ["train", "--method", "igm", "--data", "toy", "--scope", "none", "--out", str(tmp_path)]
     assert command._begin(command._parser().parse_args(words))[1].scope is None
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"igm-rs {igm_rs.__version__}\n"
+
+
+def test_a_users_own_method_may_go_by_any_value(tmp_path, capsys):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from igm_rs.experiments.methods import Method, base_optimizer, method\n"
+        "@method\nclass Own(Method):\n    key = 'own'\n    label = 'own'\n    schedule = 'joint'\n"
+        "    def optimizer(self, model, modalities, config, learning_rate, batches, seed=0):\n"
+        "        return base_optimizer(model, config, config.tau * learning_rate)\n"
+    )
+    told = ["train", "--method", "own", "--data", "toy", "--tau", "1", "--register", str(own), str(TOY)]
+    told += ["--learning-rate", "0.1", "--steps", "2", "--turn-steps", "1", "--seeds", "1", "--workers", "1"]
+    assert command.main([*told, "--out", str(tmp_path / "out")]) == 0
+    assert "1 seed\n" in capsys.readouterr().out
+    from igm_rs.experiments.methods import METHODS
+
+    del METHODS["own"]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +193,54 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
         (["table", "1", "--data", "toy", "--rho", "-1"], "configuration default.toml: rho is -1.0, expected"),
         (["table", "1", "--data", "toy", "--steps", "0"], "configuration default.toml: steps is 0, expected"),
         (["train", "--method", "igm", "--data", "toy", "--sources", "a=c"], "sources names 'c', expected a, b or none"),
+        (
+            ["train", "--method", "igm", "--data", "toy", "--sources", "a=b"],
+            "sources has no 'b', expected whose T acts on",
+        ),
+        (
+            ["train", "--method", "igm-one-sided", "--data", "toy"],
+            "method is 'igm-one-sided' without --sources, expected it",
+        ),
+        (
+            ["table", "1", "--data", "toy", "--methods", "igm-one-sided"],
+            "methods has igm-one-sided, whose rows are those",
+        ),
+        (
+            ["train", "--method", "mla", "--data", "toy", "--tau", "5"],
+            "--tau has no part in mla, expected one of igm-no-sam, igm",
+        ),
+        (
+            ["train", "--method", "turns", "single", "--data", "toy", "--rho", "1"],
+            "--rho has no part in turns, single, exp",
+        ),
+        (
+            ["train", "--method", "igm-shared", "--data", "toy", "--scope", "1"],
+            "--scope has no part in igm-shared, expected",
+        ),
+        (
+            ["table", "1", "--data", "toy", "--methods", "mla", "--tau", "1"],
+            "--tau has no part in mla, expected one of igm-no-sam",
+        ),
+        (
+            ["table", "2", "--data", "toy", "--rho", "0"],
+            "rho is 0 and tau 0.4, expected both above 0: table 2 is with and",
+        ),
+        (
+            ["table", "3", "--data", "toy", "--sources", "a=b,b=a"],
+            "sources is given, expected none: table 3 has its own",
+        ),
+        (
+            ["table", "4", "--data", "toy", "--scope", "0.3"],
+            "scope is 0.3, expected none: table 4 has its own for every",
+        ),
+        (
+            ["table", "1", "--data", "toy", "--base", "adam", "--momentum", "0.5"],
+            "momentum is 0.5 with base adam, expected",
+        ),
+        (
+            ["table", "1", "--data", "toy", "--learning-rate", "1", "--rates", "1"],
+            "rates or tuning_seeds beside learning_r",
+        ),
         (["table", "1", "--data", "watch", "--folder", "/nowhere"], "data file /nowhere/watch.npz does not exist"),
         (["table", "1", "--data", "toy", "--config", "/nowhere.toml"], "configuration file /nowhere.toml does not"),
         (["table", "1", "--data", "toy", "--compare", "/nowhere.json"], "table file /nowhere.json does not exist"),
@@ -235,7 +312,7 @@ def test_the_papers_protocol_is_said_first(tmp_path, capsys):
     assert capsys.readouterr().out.strip().startswith("SELECTED ON THE TEST SET (--protocol paper)")
     assert call("table", "2", *words) == 0
     assert capsys.readouterr().out.strip().startswith("SELECTED ON THE TEST SET (--protocol paper)")
-    text = (tmp_path / "tables" / "table-2-toy.md").read_text()
+    text = (tmp_path / "tables" / "table-2-toy-paper.md").read_text()
     assert text.startswith("**SELECTED ON THE TEST SET")
     assert "THE ROUND WITH THE HIGHEST TEST ACCURACY" in text
 

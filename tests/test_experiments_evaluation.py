@@ -1,6 +1,7 @@
 """The measures of the experiments against scikit-learn, and the statistics of their tables against SciPy."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_every_branch_and_fusion_is_measured(labels):
     random = torch.Generator().manual_seed(2)
     inputs = {name: torch.randn(COUNT, CLASSES, generator=random) for name in ("a", "b")}
     split = split_of(inputs, labels)
-    product = evaluation.fusion.fit(inputs, labels)
+    product = evaluation.Calibration(evaluation.fusion.fit(inputs, labels), None)
     found = evaluation.predictions(Given(), split, product)
     assert list(found) == ["a", "b", *evaluation.FUSIONS]
     a, b = (inputs[name].double().softmax(-1) for name in ("a", "b"))
@@ -136,23 +137,48 @@ def test_every_branch_and_fusion_is_measured(labels):
     assert tuple(scores) == evaluation.MEASURES
     for name, values in found.items():
         assert {measure: scores[measure][name] for measure in scores} == evaluation.measures(values, labels)
-    assert evaluation.watched(Given(), split, product) == scores["accuracy"]
+    watched = evaluation.watched(Given(), split)
+    assert watched.accuracy == {name: value for name, value in scores["accuracy"].items() if name != "calibrated"}
+    assert watched.by_origin == pytest.approx(watched.accuracy)  # every example is an origin of its own
+
+
+def test_every_origin_counts_once():
+    right = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 1, 0, 1])  # right, right, wrong; right, wrong; wrong
+    origins = torch.tensor([7, 7, 7, 2, 2, 9])
+    assert evaluation.accuracy(right, labels) == pytest.approx(3 / 6)
+    assert evaluation.accuracy_by_origin(right, labels, origins) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    for alike in (torch.zeros(6, dtype=torch.int64), torch.arange(6)):
+        assert evaluation.accuracy_by_origin(right, labels, alike) == pytest.approx(3 / 6)
 
 
 def test_a_joint_head_has_a_prediction_of_its_own(labels):
     random = torch.Generator().manual_seed(2)
     inputs = {name: torch.randn(COUNT, CLASSES, generator=random) for name in ("a", "b")}
     split = split_of(inputs, labels)
-    found = evaluation.predictions(Given(joined=True), split, evaluation.fusion.fit(inputs, labels))
-    assert list(found) == ["a", "b", *evaluation.FUSIONS, "joint"]
-    torch.testing.assert_close(found["joint"], (inputs["a"] - inputs["b"]).double().softmax(-1))
+    joint = (inputs["a"] - inputs["b"]).double()
+    data = SimpleNamespace(validation=split)
+    calibration = evaluation.calibrated(Given(joined=True), data)
+    found = evaluation.predictions(Given(joined=True), split, calibration)
+    assert list(found) == ["a", "b", *evaluation.FUSIONS, "joint", "joint-calibrated"]
+    torch.testing.assert_close(found["joint"], joint.softmax(-1))
+    assert list(calibration.temperatures) == ["a", "b", "joint"]
+    torch.testing.assert_close(found["joint-calibrated"], (joint / calibration.temperatures["joint"]).softmax(-1))
+    nll = {name: evaluation.measures(found[name], labels)["nll"] for name in ("joint", "joint-calibrated")}
+    assert nll["joint-calibrated"] < nll["joint"]  # fitted on these very logits
+    stands = {fusion: evaluation.of_fusion(nll, fusion) for fusion in evaluation.FUSIONS}
+    assert stands == dict.fromkeys(evaluation.FUSIONS, nll["joint"]) | {"calibrated": nll["joint-calibrated"]}
+    assert list(evaluation.predictions(Given(joined=True), split, None))[-1] == "joint"
 
 
 def test_a_single_modality_has_no_fusion(data):
     model = Branches.of(data, ["b"], head="own", seed=0)
     found = evaluation.evaluate(model, data, {"last": model.state_dict()})
-    assert list(found.scores["last"]["accuracy"]) == ["b"]
+    scores = found.scores["last"]["nll"]
+    assert list(scores) == ["b", "calibrated"]
     assert list(found.temperatures["last"]) == ["b"]
+    assert [evaluation.of_fusion(scores, name) for name in ("mean", "calibrated")] == list(scores.values())
+    assert scores["b"] != scores["calibrated"]
 
 
 @pytest.mark.parametrize("head", ["own", "shared", "concat", "trunk"])
@@ -164,7 +190,7 @@ def test_a_test_split_is_opened_once_for_all_weights_and_after_every_calibration
     monkeypatch.setattr(evaluation.fusion, "fit", lambda *given: order.append("fit") or fit(*given))
     monkeypatch.setattr(data, "open_test", lambda: order.append("open") or open_test())
     found = evaluation.evaluate(two, data, weights)
-    assert order == ["fit", "fit", "open"]
+    assert order == ["fit"] * (4 if head == "concat" else 2) + ["open"]
     assert data.test_openings == 1
     for name, model in (("chosen", one), ("last", Branches.of(data, data.modalities, head=head, seed=1))):
         product = evaluation.calibrated(model, data)

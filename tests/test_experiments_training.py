@@ -129,12 +129,26 @@ def test_turns_are_measured_beginning_with_the_initial_weights(toy):
 
 def test_the_round_with_the_best_validation_accuracy_is_chosen_the_later_of_equals(toy):
     result = Training(toy.without_test(), row("igm"), replace(TINY, steps=20), 0.05, 0).run()
-    values = [point["accuracy"]["sum"] for point in result.curve]
+    values = [point["by_origin"]["sum"] for point in result.curve]
     best = max(number for number, value in enumerate(values, start=1) if value == max(values))
     assert result.rounds == {"chosen": best, "last": 10}
     model = result.model
     model.load_state_dict(result.weights["chosen"])
-    assert training.watched(model, toy.validation, None) == result.curve[best - 1]["accuracy"]
+    found = training.watched(model, toy.validation)
+    assert found.accuracy == result.curve[best - 1]["accuracy"]
+    assert found.by_origin == result.curve[best - 1]["by_origin"]
+
+
+def test_an_origin_with_many_examples_does_not_choose_the_round(toy, monkeypatch):
+    accuracies = iter([(0.9, 0.1), (0.2, 0.8), (0.3, 0.5)])  # of all examples; of the origins
+
+    def watched(*_):
+        plain, by_origin = next(accuracies)
+        return training.Watched({"mean": plain, "sum": plain}, {"mean": by_origin, "sum": by_origin})
+
+    run = Training(toy.without_test(), row("mla"), TINY, 0.05, 0)
+    monkeypatch.setattr(training, "watched", watched)
+    assert run.run().rounds == {"chosen": 2, "last": 3}
 
 
 def test_training_leaves_the_random_state_alone_and_depends_on_the_seed(toy):

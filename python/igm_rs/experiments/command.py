@@ -72,7 +72,7 @@ def _train(options: argparse.Namespace) -> int:
     _check_used(options, options.method)
     if plans.ONE_SIDED in options.method and config.sources is None:
         raise ValueError(
-            f"method is {plans.ONE_SIDED!r} without --sources, expected such as --sources audio=video,video=none"
+            f"method is {plans.ONE_SIDED!r} without --sources, expected it, such as audio=video,video=none"
         )
     rows = []
     for key in dict.fromkeys(options.method):
@@ -228,7 +228,7 @@ def _check_used(options: argparse.Namespace, keys: Sequence[str]) -> None:
         if getattr(options, name) is not None and not any(name in uses for uses in used if uses is not None):
             fit = [key for key, method in METHODS.items() if name in (method.uses or ())]
             raise ValueError(
-                f"{_option(name)} has no part in {', '.join(dict.fromkeys(keys))}, expected {', '.join(fit)}"
+                f"{_option(name)} has no part in {', '.join(dict.fromkeys(keys))}, expected one of {', '.join(fit)}"
             )
 
 

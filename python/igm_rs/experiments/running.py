@@ -473,8 +473,8 @@ def run_all(
         return [records[job] for job in jobs]
     begun = 0 if resume else sum((folders[job] / "checkpoint.pt").is_file() for job in left)
     if begun:
-        runs = "an interrupted run begins" if begun == 1 else f"{begun} interrupted runs begin"
-        print(f"{runs} anew; with --resume it goes on from there", file=sys.stderr)
+        said = "1 interrupted run begins" if begun == 1 else f"{begun} interrupted runs begin"
+        print(f"{said} anew; --resume goes on where it was left", file=sys.stderr)
     total = sum(job.steps for job in left)
     with (
         tqdm(total=total, desc=what, unit="step", smoothing=0.05, dynamic_ncols=True) as bar,
