@@ -85,9 +85,13 @@ def test_the_pair_is_pinned_nowhere_else():
     assert [str(path) for path in files if pin.search(path.read_text(encoding="utf-8"))] == []
 
 
+LICENCES = "MIT AND BSD-3-Clause AND CC-BY-4.0 AND LicenseRef-Public-Domain"
+"""Of the code, and of the data sets that come with it."""
+
+
 def test_metadata():
     metadata = importlib.metadata.metadata("igm-rs")
-    assert metadata["License-Expression"] == "MIT"
+    assert metadata["License-Expression"] == LICENCES
     assert set(metadata["Requires-Python"].replace(" ", "").split(",")) == {">=3.10", "<3.14"}
     assert set(metadata.get_all("Provides-Extra")) == {
         "bench", "dev", "experiments", "lightning", "notebook", "peers", "test", "transformers",
@@ -379,4 +383,6 @@ def check_wheel(path):
     assert "igm_rs/_igm_rs.pyi" in names
     archives = ROOT / "python" / "igm_rs" / "experiments" / "archives"
     assert {f"igm_rs/experiments/archives/{file.name}" for file in archives.iterdir()} <= set(names)
-    assert metadata["License-Expression"] == "MIT"
+    assert metadata["License-Expression"] == LICENCES
+    texts = {Path(name).name for name in names if "/licenses/" in name}
+    assert texts == {"LICENSE", "LICENCES.md", "watch.LICENSE"}
