@@ -49,7 +49,7 @@ JOINT = "joint"
 JOINT_CALIBRATED = "joint-calibrated"
 """Name of the same prediction with a temperature that is fitted like those of the calibrated product."""
 
-MEASURES = ("accuracy", "map", "macro_f1", "nll")
+MEASURES = ("accuracy", "by_origin", "map", "macro_f1", "nll")
 """All but the last are better when larger."""
 
 Scores = dict[str, dict[str, float]]
@@ -93,7 +93,7 @@ def accuracy_by_origin(scores: Tensor, labels: Tensor, origins: Tensor) -> float
     return float((right / count[place]).sum() / len(count))
 
 
-def measures(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+def measures(probabilities: Tensor, labels: Tensor, origins: Tensor) -> dict[str, float]:
     """Return all :data:`MEASURES` of one prediction.
 
     Parameters
@@ -102,11 +102,14 @@ def measures(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
         ``(n, c)``, rows that sum to 1.
     labels : Tensor
         ``(n,)``, int64, classes.
+    origins : Tensor
+        ``(n,)``, int64, where each example comes from.
 
     Returns
     -------
     dict of str to float
-        ``accuracy``, the share of examples whose largest probability is that of their label; ``map``, the mean over the
+        ``accuracy``, the share of examples whose largest probability is that of their label; ``by_origin``, the same
+        with every origin counting once, see :func:`accuracy_by_origin`; ``map``, the mean over the
         classes of the average precision of telling this class from all others; ``macro_f1``, the mean over the classes
         of the F1 score; ``nll``, the mean negative log-likelihood in nats. A class of which there is no example has no
         average precision and is left out of that mean; it is left out of macro-F1 if it is never predicted either.
@@ -118,6 +121,7 @@ def measures(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     chosen = probabilities.gather(-1, labels[:, None]).double()
     return {
         "accuracy": accuracy(probabilities, labels),
+        "by_origin": accuracy_by_origin(probabilities, labels, origins),
         "map": float(precision[present].mean()),
         "macro_f1": float(multiclass_f1_score(probabilities.argmax(-1), labels, classes, average="macro")),
         "nll": float(-chosen.clamp_min(torch.finfo(torch.float64).tiny).log().mean()),
@@ -184,7 +188,8 @@ def calibrated(model: Branches, data: DataSet) -> Calibration:
 
 def score(model: Branches, split: Split, calibration: Calibration) -> Scores:
     """Return all :data:`MEASURES` of all :func:`predictions` on a split; parameters as there."""
-    of = {name: measures(values, split.labels) for name, values in predictions(model, split, calibration).items()}
+    found = predictions(model, split, calibration)
+    of = {name: measures(values, split.labels, split.origins) for name, values in found.items()}
     return {measure: {name: values[measure] for name, values in of.items()} for measure in MEASURES}
 
 

@@ -69,10 +69,14 @@ def protocol(config: Config, workers: int) -> list[str]:
         )
     else:
         rate = f"every row has learning rate {config.learning_rate:g}"
+    measured = (
+        "Measures: accuracy; where test examples share origins (windows of a person, pictures of one title), also the "
+        "accuracy with each origin counting once; mean average precision and macro-F1 over the classes; NLL in nats."
+    )
     choice = f"Choice: {rate}. Each final run is measured at {rounds} and at the last round. "
     choice += (
         "It opens the test split once, after training and calibration."
         if config.protocol == "validation"
         else "It opens the test split before training."
     )
-    return [budget, methods, choice]
+    return [budget, methods, choice, measured]

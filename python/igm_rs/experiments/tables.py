@@ -42,8 +42,14 @@ JOINT_TOO = (
 )
 """What the columns of the fusions hold where there is nothing to fuse."""
 
-NAMES = {"accuracy": "accuracy", "map": "MAP", "macro_f1": "macro-F1", "nll": "NLL"}
-"""Measures, with their headings; the first three in percent, the last in nats."""
+NAMES = {
+    "accuracy": "accuracy",
+    "by_origin": "accuracy, each origin once",
+    "map": "MAP",
+    "macro_f1": "macro-F1",
+    "nll": "NLL",
+}
+"""Measures, with their headings; the last in nats, the others in percent."""
 
 REFERENCES = {"joint-concat": "joint, concat", "joint-sum": "joint, sum", "mla": "MLA"}
 """Rows that every row of Table 1 is compared with, with their headings."""
@@ -268,6 +274,17 @@ def _ranked(rows: Sequence[Results], weights: str, measure: str, name: str) -> l
     return cells
 
 
+def _grouped(results: Results) -> tuple[str, ...]:
+    """Return ``("by_origin",)`` where examples of the test split share origins, so that it is not the accuracy."""
+    scores = [run["scores"]["last"] for row in results["rows"] for run in row["runs"]]
+    alike = all(
+        abs(one - other) < 1e-5
+        for each in scores
+        for one, other in zip(each["accuracy"], each["by_origin"], strict=True)
+    )
+    return () if alike else ("by_origin",)
+
+
 def _columns_to_rows(words: Sequence[Sequence[str]], columns: Sequence[Sequence[Cell]]) -> list[list[Cell]]:
     return [
         [*map(Cell, named), *cells] for named, cells in zip(words, zip(*columns, strict=True), strict=True)
@@ -291,7 +308,8 @@ def _compared(results: Results, words: list[str]) -> Grid:
     rows = {row["key"]: row for row in results["rows"]}
     keys = [key for key in REFERENCES if key in rows]
     columns, groups = [], []
-    pairs = (("accuracy", "mean"), ("accuracy", "sum"), ("accuracy", "calibrated"), ("nll", "calibrated"))
+    pairs = [("accuracy", "mean"), ("accuracy", "sum"), ("accuracy", "calibrated")]
+    pairs += [(measure, "calibrated") for measure in (*_grouped(results), "nll")]
     for measure, fusion in pairs:
         groups.append((f"{NAMES[measure]}, {fusion}", [f"− {REFERENCES[key]}" for key in keys]))
         columns += [
@@ -310,18 +328,19 @@ def _compared(results: Results, words: list[str]) -> Grid:
 def _effects(table: Table, weights: str) -> Grid:
     """Return the part with the comparisons that the plan names, at the chosen or at the last round."""
     rows = {row["key"]: row for row in table.results["rows"]}
+    measures = ("accuracy", *_grouped(table.results), "nll")
     body = []
     for effect in table.effects:
         rates = [f"{rows[key]['learning_rate']:g}" for key in (effect.mine, effect.theirs)]
         cells = [Cell(effect.label), Cell(", ".join(dict.fromkeys(rates)))]
-        for measure in ("accuracy", "nll"):
+        for measure in measures:
             for fusion in _shown(measure):
                 fusions = effect.fusions or (fusion, fusion)
                 shown = fusions[0] == fusion
                 found = difference(rows[effect.mine], rows[effect.theirs], measure, fusions, weights)
                 cells.append(_signed(found, measure) if shown else Cell(MISSING))
         body.append(cells)
-    headings = {measure: [SHOWN[name] for name in _shown(measure)] for measure in ("accuracy", "nll")}
+    headings = {measure: [SHOWN[name] for name in _shown(measure)] for measure in measures}
     groups = [("", ["lr"]), *((NAMES[measure], heads) for measure, heads in headings.items())]
     title = f"What is worth how much at the {weights} round: paired differences, ± 95 % interval"
     note = f"{CLEAR} Learning rate: {RATES[table.results['table']]}."
@@ -392,9 +411,10 @@ CLEAR = "Bold (*): the interval leaves out zero."
 
 def _first(results: Results) -> list[Grid]:
     words = ["method"]
-    main = _measured(results, "Chosen round, test", words, "chosen", ("accuracy", "map", "macro_f1"))
+    shown = ("accuracy", *_grouped(results), "map", "macro_f1")
+    main = _measured(results, "Chosen round, test", words, "chosen", shown)
     main.note = f"{RANKS}. †: worse than the best single modality. {JOINT_TOO}"
-    last = _measured(results, "Last round, test", words, "last", ("accuracy", "map", "macro_f1"))
+    last = _measured(results, "Last round, test", words, "last", shown)
     last.note = main.note
     names = results["modalities"]
     branches = Grid(
@@ -415,7 +435,9 @@ def _first(results: Results) -> list[Grid]:
 
 def _second(results: Results) -> list[Grid]:
     words = ["SAM", "GM"]
-    grid = _measured(results, "Chosen round, test", words, "chosen", ("accuracy",), results["modalities"])
+    grid = _measured(
+        results, "Chosen round, test", words, "chosen", ("accuracy", *_grouped(results)), results["modalities"]
+    )
     grid.groups[0] = ("accuracy: each branch, and the fusions", grid.groups[0][1])
     grid.note = f"{RANKS}. GM: modification of the gradients by the other modality's T."
     return [grid]
@@ -458,7 +480,8 @@ def _after_turn(row: Results, turn: int, name: str) -> list[float]:
 
 def _fourth(results: Results) -> list[Grid]:
     words = ["scope"]
-    grid = _measured(results, "Chosen round, test", words, "chosen", ("accuracy", "map", "macro_f1"))
+    shown = ("accuracy", *_grouped(results), "map", "macro_f1")
+    grid = _measured(results, "Chosen round, test", words, "chosen", shown)
     shares = [Cell(_written(row, "projected_share", "{:.1%}")) for row in results["rows"]]
     scores = [[run["scores"] for run in row["runs"]] for row in results["rows"]]
     for at, (row, share) in enumerate(zip(grid.rows, shares, strict=True)):
