@@ -50,11 +50,14 @@ def data():
 
 
 def test_measures_are_those_of_scikit_learn(probabilities, labels):
-    found = evaluation.measures(probabilities, labels)
+    found = evaluation.measures(probabilities, labels, torch.arange(COUNT) // 7)
     guess, known = probabilities.argmax(-1).numpy(), labels.numpy()
     one_hot = nn.functional.one_hot(labels, CLASSES).numpy()
     expected = {
         "accuracy": metrics.accuracy_score(known, guess),
+        "by_origin": metrics.accuracy_score(
+            known, guess, sample_weight=1 / np.bincount(np.arange(COUNT) // 7)[np.arange(COUNT) // 7]
+        ),
         "map": metrics.average_precision_score(one_hot, probabilities.numpy(), average="macro"),
         "macro_f1": metrics.f1_score(known, guess, average="macro"),
         "nll": metrics.log_loss(known, probabilities.numpy()),
@@ -66,7 +69,7 @@ def test_measures_are_those_of_scikit_learn(probabilities, labels):
 def test_a_class_without_examples_is_left_out(probabilities, labels):
     kept = labels != 2
     known, guess = labels[kept].numpy(), probabilities[kept].argmax(-1).numpy()
-    found = evaluation.measures(probabilities[kept], labels[kept])
+    found = evaluation.measures(probabilities[kept], labels[kept], labels[kept])
     one_hot = nn.functional.one_hot(labels[kept], CLASSES).numpy()
     there = [0, 1, 3]
     precision = metrics.average_precision_score(one_hot[:, there], probabilities[kept].numpy()[:, there])
@@ -77,8 +80,9 @@ def test_a_class_without_examples_is_left_out(probabilities, labels):
 
 def test_measures_by_hand():
     probabilities = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
-    found = evaluation.measures(probabilities, torch.tensor([0, 1, 0, 1]))
+    found = evaluation.measures(probabilities, torch.tensor([0, 1, 0, 1]), torch.tensor([5, 5, 5, 6]))
     assert found["accuracy"] == 0.75
+    assert found["by_origin"] == pytest.approx((2 / 3 + 1) / 2)
     # class 0 by its probability: 0 (right), 1 (wrong), 0 (right), 1: (1 + 2/3) / 2; class 1: 1, 0, 1, 0: (1 + 2/3) / 2
     assert found["map"] == pytest.approx(5 / 6)
     # class 0: 2 found, 1 wrong, none missed; class 1: 1 found, none wrong, 1 missed
@@ -92,11 +96,12 @@ def test_probabilities_past_one_by_rounding_are_still_probabilities(probabilitie
     over[0, labels[0]] = 1 + 2e-16
     exact = over.clamp(max=1)
     assert over.max() > 1
-    assert evaluation.measures(over, labels)["map"] == evaluation.measures(exact, labels)["map"]
+    assert evaluation.measures(over, labels, labels)["map"] == evaluation.measures(exact, labels, labels)["map"]
 
 
 def test_a_prediction_without_doubt_has_a_finite_nll():
-    found = evaluation.measures(torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64), torch.tensor([1, 1]))
+    ones = torch.tensor([1, 1])
+    found = evaluation.measures(torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64), ones, ones)
     assert found["nll"] == pytest.approx(-math.log(torch.finfo(torch.float64).tiny) / 2)
 
 
@@ -136,7 +141,9 @@ def test_every_branch_and_fusion_is_measured(labels):
     scores = evaluation.score(Given(), split, product)
     assert tuple(scores) == evaluation.MEASURES
     for name, values in found.items():
-        assert {measure: scores[measure][name] for measure in scores} == evaluation.measures(values, labels)
+        assert {measure: scores[measure][name] for measure in scores} == evaluation.measures(
+            values, labels, split.origins
+        )
     watched = evaluation.watched(Given(), split)
     assert watched.accuracy == {name: value for name, value in scores["accuracy"].items() if name != "calibrated"}
     assert watched.by_origin == pytest.approx(watched.accuracy)  # every example is an origin of its own
@@ -164,7 +171,7 @@ def test_a_joint_head_has_a_prediction_of_its_own(labels):
     torch.testing.assert_close(found["joint"], joint.softmax(-1))
     assert list(calibration.temperatures) == ["a", "b", "joint"]
     torch.testing.assert_close(found["joint-calibrated"], (joint / calibration.temperatures["joint"]).softmax(-1))
-    nll = {name: evaluation.measures(found[name], labels)["nll"] for name in ("joint", "joint-calibrated")}
+    nll = {name: evaluation.measures(found[name], labels, labels)["nll"] for name in ("joint", "joint-calibrated")}
     assert nll["joint-calibrated"] < nll["joint"]  # fitted on these very logits
     stands = {fusion: evaluation.of_fusion(nll, fusion) for fusion in evaluation.FUSIONS}
     assert stands == dict.fromkeys(evaluation.FUSIONS, nll["joint"]) | {"calibrated": nll["joint-calibrated"]}
