@@ -246,7 +246,7 @@ def _spread(value: Summary | None, measure: str = "accuracy") -> str:
     if value is None:
         return MISSING
     scale, digits = _scale(measure)
-    mean = f"{scale * value.mean:.{digits}f}"
+    mean = f"{scale * value.mean:.{digits}f}".replace("-", "−")
     return mean if value.sd is None else f"{mean} ± {scale * value.sd:.{digits}f}"
 
 
