@@ -69,9 +69,13 @@ def test_figure_1_has_the_cosines_of_every_method(tmp_path):
     assert [len(each["after"]) for each in cosines.values()] == [16, 16, 16, 8]
     assert told["numbers"]["learning_rates"] == dict.fromkeys(cosines, 0.03)
     assert told["seeds"] == [TINY.first_seed, TINY.first_seed + 1]
-    medians = (f"{cosines['MLA']['median'][which]:.3f}" for which in ("before", "after", "change"))
+    medians = (figures._number(cosines["MLA"]["median"][which]) for which in ("before", "after", "change"))
     assert f"MLA {' / '.join(medians)};" in told["caption"]
     assert told["caption"].endswith("Learning rate 0.03.")
+
+
+def test_numbers_in_captions_have_a_minus_sign_and_no_negative_zero():
+    assert [figures._number(value) for value in (None, 0.5, -0.0123, -0.0001)] == ["–", "0.500", "−0.012", "0.000"]
 
 
 def test_a_watched_training_is_the_same_training():

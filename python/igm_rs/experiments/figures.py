@@ -467,15 +467,13 @@ def _figure_5a(order: Order) -> Made:
     learned = [place for place in without if without[place] != with_sam[place]]
     lower = sum(fmean(with_sam[place]) < fmean(without[place]) for place in learned)
     in_all = sum(max(one - two for one, two in zip(with_sam[p], without[p], strict=True)) < 0 for p in learned)
-    equal = (
-        f" The {count} layers that see the data themselves are equal and not counted."
-        if (count := len(without) - len(learned))
-        else ""
-    )
+    equal = len(without) - len(learned)
+    layers = "layer that sees the data itself is" if equal == 1 else f"{equal} layers that see the data themselves are"
+    left_out = f" The {layers} equal and not counted." if equal else ""
     caption = (
         "Mean singular value of Ȳ by layer, Ȳ of the training split at the weights of the last round; small dots are "
         f"the seeds of {_runs(order)}. With SAM the mean over the runs is the smaller one in {lower} of {len(learned)} "
-        f"layers, in {in_all} of them in every run.{equal} {_rates(rates)}"
+        f"layers, in {in_all} of them in every run.{left_out} {_rates(rates)}"
     )
     size = result.size[0], result.size[1] + 0.3
     return Made(size, lambda canvas: _on_one(canvas, result), {"learning_rates": rates, **result.numbers()}, caption)
@@ -565,7 +563,7 @@ def _rates(rates: Mapping[str, float]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:.3f}".replace("-0.000", "0.000").replace("-", "−")
 
 
 def _spread(values: Sequence[float]) -> str:
