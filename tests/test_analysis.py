@@ -430,7 +430,7 @@ def test_an_inert_rho_is_seen():
     assert numbers["mean_scores"]["accuracy"] == pytest.approx([0.55, 0.55])
     assert numbers["mean_effects"]["effective_perturbation"] == pytest.approx([0, 1], abs=1e-4)
     texts = [each.get_text() for each in found.draw().texts]
-    assert texts == ["ρ is lost in rounding here: no SAM"]
+    assert texts == ["ρ is mostly lost in rounding here"]
 
 
 def test_a_weak_tau_is_seen():

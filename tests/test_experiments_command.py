@@ -244,6 +244,26 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
         (["table", "1", "--data", "watch", "--folder", "/nowhere"], "data file /nowhere/watch.npz does not exist"),
         (["table", "1", "--data", "toy", "--config", "/nowhere.toml"], "configuration file /nowhere.toml does not"),
         (["table", "1", "--data", "toy", "--compare", "/nowhere.json"], "table file /nowhere.json does not exist"),
+        (
+            ["figure", "4", "--data", "toy", "--protocol", "paper"],
+            "protocol is 'paper', expected 'validation': fig",
+        ),
+        (
+            ["figure", "1", "--data", "toy", "--tau", "0"],
+            "rho is 0.05 and tau 0, expected both above 0: figure 1",
+        ),
+        (
+            ["figure", "5a", "--data", "toy", "--alpha", "1"],
+            "--alpha has no part in igm-no-sam, igm, expected one",
+        ),
+        (
+            ["figure", "3", "--data", "toy", "--trunk-tau", "1"],
+            "--trunk-tau has no part in igm, expected one of igm",
+        ),
+        (
+            ["figure", "5c", "--data", "toy", "--seeds", "3"],
+            "--seeds has no part in figure 5c, expected none: it",
+        ),
         (["list", "--register", "/nowhere.py"], "file /nowhere.py does not exist"),
         (["page", "--out", "/nowhere"], "file /nowhere/findings.md does not exist"),
     ],

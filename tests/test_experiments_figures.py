@@ -36,7 +36,7 @@ def make(name, out, *, seeds=2, workers=1, config=TINY):
     picture, text = figures.figure(
         name, config, out, workers=workers, command=f"igm-rs figure {name} --data toy", seeds=seeds, source=SOURCE
     )
-    assert picture == out / "figures" / f"figure-{name}-toy.png"
+    assert picture == out / "figures" / f"figure-{name}-toy{'-paper' * (config.protocol == 'paper')}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 15_000
     assert PICTURE.fullmatch(picture.name)["figure"] == name
@@ -49,7 +49,7 @@ def make(name, out, *, seeds=2, workers=1, config=TINY):
 
 
 def test_every_figure_of_the_list_can_be_made():
-    assert list(figures.MAKERS) == list(FIGURES) == list(figures.SEEDS)
+    assert list(figures.MAKERS) == list(FIGURES) == list(figures.SEEDS) == list(figures.METHODS)
 
 
 @pytest.mark.parametrize("name", ["1", "4", "5a", "5c"])
@@ -115,6 +115,7 @@ def test_figure_3_says_when_every_rho_arrives(tmp_path, monkeypatch):
 def test_figure_3_by_the_papers_protocol_says_so(tmp_path):
     told = make("3", tmp_path, seeds=1, config=figures.replace(TINY, protocol="paper"))
     assert "round chosen on the test split, as the released scripts do" in told["caption"]
+    assert told["caption"].startswith("SELECTED ON THE TEST SET (--protocol paper)")
 
 
 def test_a_value_of_the_sweep_that_is_the_configurations_is_the_run_of_the_tables(tmp_path, monkeypatch):

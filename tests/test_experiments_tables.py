@@ -262,9 +262,8 @@ def test_effects_are_those_whose_rows_are_there(first):
     assert [effect.label for effect in first.effects] == [
         "IGM − joint (sum)",
         "IGM − MLA",
-        "joint (sum): calibrated − mean fusion",
-        "IGM: calibrated − mean fusion",
-        "IGM: entropy-weighted − mean fusion",
+        *(f"{row}: calibrated − mean fusion" for row in ("joint (sum)", "MLA", "IGM")),
+        *(f"{row}: entropy-weighted − mean fusion" for row in ("joint (sum)", "MLA", "IGM")),
     ]
     chosen, last = first.grids[4:6]
     assert ("chosen round" in chosen.title, "last round" in last.title) == (True, True)
@@ -290,6 +289,19 @@ def test_effects_of_the_last_round_are_of_the_last_round():
     assert [(each["weights"], each["mean"]) for each in of_mean] == [("chosen", "0.1"), ("last", "0.3")]
 
 
+def test_forgetting_is_compared_seed_by_seed_with_that_under_the_flat_modification():
+    rows = {"igm-shared": (0.80, 0.79), "shared-plain": (0.70, 0.75)}  # of the first modality, in the end
+    records = [record(key, seed, 0.5) for key in rows for seed in (0, 1)]
+    for each in records:
+        after_all = rows[each["row"]][each["seed"]]
+        for turn, value in zip(each["after_turn"], (0.1, *[0.8] * 7, after_all), strict=True):
+            turn["scores"]["accuracy"]["audio"] = value
+    made = tables.table(1, [line(key, schedule="once") for key in rows], records, about=ABOUT, tried={})
+    grid = next(grid for grid in made.grids if grid.title.startswith("Forgetting"))
+    # 0.1 − 0, 0.05 − 0.01: mean 0.07 and 12.706 · 0.0424 / √2
+    assert [cells[4].text for cells in grid.rows] == ["–", "+7.0 ± 38.1"]
+
+
 def test_forgetting_is_of_the_modality_that_was_trained_first():
     records = [record("igm-shared", seed, 0.5) for seed in (0, 1)]
     for seed, each in enumerate(records):
@@ -299,7 +311,7 @@ def test_forgetting_is_of_the_modality_that_was_trained_first():
             turn["scores"]["accuracy"]["audio"] = value
     made = tables.table(1, [line("igm-shared", schedule="once")], records, about=ABOUT, tried={})
     grid = next(grid for grid in made.grids if grid.title.startswith("Forgetting of audio"))
-    assert [cell.text for cell in grid.rows[0]] == ["igm-shared", "80.0 ± 0.0", "65.0 ± 7.1", "15.0 ± 7.1"]
+    assert [cell.text for cell in grid.rows[0]] == ["igm-shared", "80.0 ± 0.0", "65.0 ± 7.1", "15.0 ± 7.1", "–"]
     kept = [each for each in csv.DictReader(io.StringIO(made.csv())) if each["weights"].startswith("after")]
     assert [(each["weights"], each["of"], each["mean"]) for each in kept] == [
         ("after its own, validation", "audio", "0.8"), ("after all, validation", "audio", "0.65"),
@@ -630,6 +642,7 @@ def stored(folder):
     told = {
         "command": "igm-rs figure 3 --data watch",
         "caption": "A sweep.",
+        "dataset": "watch",
         "versions": {"torch": "9"},
         "revision": "abc",
     }
@@ -652,9 +665,15 @@ def test_page_has_every_table_and_picture_under_its_command(tmp_path):
     assert "Numbers: [JSON](tables/table-1-watch.json), [CSV](tables/table-1-watch.csv)." in text
     for grid in first.grids:
         assert grid.markdown() in text
-    folded = text[text.index("<details>") : text.index("</details>")]
-    assert first.grids[0].markdown() not in folded
+    opened, folded = text.split("<details>")[0], text[text.index("<details>") : text.index("</details>")]
+    start = first.grids[0].opening(2)
+    assert [name for name, _ in start.groups] == ["accuracy", "MAP"]
+    assert start.markdown() in opened
+    assert first.grids[0].markdown() in folded  # all of it
     assert first.grids[1].markdown() in folded
+    effects = [grid for grid in first.grids if grid.title.startswith("What")]
+    assert [grid.markdown() in opened for grid in effects] == [True, False]
+    assert opened.index("- watch: [Table 1]") < opened.index("Nothing helps.")
     assert text.count("Budget: few steps.") == 1
     assert "figure-3-watch: made with torch 9 at revision abc." in text
     assert page.page(tmp_path) == text

@@ -130,7 +130,7 @@ class Sweep(Picture):
             ax.axvspan(ax.get_xlim()[0], end, color="#EEEEEE", zorder=0, linewidth=0)
             ax.set_xlim(left=ax.get_xlim()[0])
             ax.annotate(
-                f"{symbol} is lost in rounding here: no SAM",
+                f"{symbol} is mostly lost in rounding here",
                 (end, 1.0),
                 xycoords=ax.get_xaxis_transform(),
                 xytext=(-5, -5),

@@ -136,6 +136,16 @@ def _figure(options: argparse.Namespace) -> int:
     from . import figures
 
     _, config, source = _begin(options)
+    _check_used(options, figures.METHODS[options.name])
+    if options.name != "3" and config.protocol == "paper":
+        raise ValueError(f"protocol is 'paper', expected 'validation': figure {options.name} looks at no test split")
+    if options.name in ("1", "4", "5a") and (config.rho == 0 or config.tau == 0):
+        raise ValueError(
+            f"rho is {config.rho:g} and tau {config.tau:g}, expected both above 0: figure {options.name} is about IGM"
+        )
+    given = [name for name in ("rates", "tuning_seeds", "seeds") if getattr(options, name) is not None]
+    if options.name == "5c" and given:
+        raise ValueError(f"{_option(given[0])} has no part in figure 5c, expected none: it times one training each")
     paths = figures.figure(
         options.name,
         config,

@@ -31,6 +31,7 @@ from .methods import Row
 from .networks import Branches
 from .page import FIGURES
 from .running import Job, Source, provenance, run_all, tune, watched
+from .tables import PAPER_WARNING
 from .training import Training, batch_stream, take_step
 
 __all__ = ["SEEDS", "figure"]
@@ -47,6 +48,18 @@ POINTS = 21
 EXAMPLES = 512
 """Training examples, evenly taken, that a loss surface is made of."""
 
+TIMED = ("joint-sum", "joint-concat", "sam", "turns", "turns-sam", "mla", "igm-no-sam", "igm")
+"""Methods of Figure 5 (c); the first is what the others are compared to."""
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "1": ("mla", "igm-no-sam", "igm", "igm-shared"),
+    "3": ("igm",),
+    "4": ("mla", "igm-no-sam", "igm", "turns"),
+    "5a": ("igm-no-sam", "igm"),
+    "5c": TIMED,
+}
+"""Methods of each figure."""
+
 SCORED = {"accuracy": "accuracy", "map": "MAP"}
 """Measures of Figure 3, with their names there."""
 
@@ -55,9 +68,6 @@ FUSED = "mean"
 
 TOLD = ("effective_perturbation", "cosine")
 """What a run keeps of what its steps did: means over the last steps of its turns."""
-
-TIMED = ("joint-sum", "joint-concat", "sam", "turns", "turns-sam", "mla", "igm-no-sam", "igm")
-"""Methods of Figure 5 (c); the first is what the others are compared to."""
 
 TIMING = 6.0
 """Seconds for which each of them is measured, at least."""
@@ -121,6 +131,8 @@ def figure(
 ) -> tuple[Path, Path]:
     """Make a figure of the paper on a data set; write ``<out>/figures/figure-<name>-<data>.png`` and ``.json``.
 
+    With the protocol "paper" the names end in ``-paper``, and picture and caption say that the test set has chosen.
+
     Parameters
     ----------
     name : str
@@ -165,16 +177,17 @@ def figure(
         "dataset": config.data,
         "title": data.title,
         "command": command,
-        "caption": made.caption,
+        "caption": f"{PAPER_WARNING} {made.caption}" if config.protocol == "paper" else made.caption,
         "seeds": list(config.final_seeds),
         "config": config.plain(),
         **provenance(),
         "numbers": made.numbers,
     }
-    path = out / "figures" / f"figure-{name}-{config.data}.png"
+    paper = config.protocol == "paper"
+    path = out / "figures" / f"figure-{name}-{config.data}{'-paper' * paper}.png"
 
     def paint(canvas: Canvas) -> None:
-        canvas.suptitle(data.title, fontsize=11)
+        canvas.suptitle(f"{data.title} (SELECTED ON THE TEST SET)" if paper else data.title, fontsize=11)
         made.paint(canvas)
 
     return save_figure(path, made.size, paint, numbers)
@@ -285,8 +298,8 @@ def _cosines(task: Task) -> analysis.Cosines:
 
 
 def _figure_1(order: Order) -> Made:
-    keys = ("mla", "igm-no-sam", "igm", "igm-shared")
-    found, rates = _all(order, {key: key for key in keys}, _cosines, "figure 1: trainings, gradients looked at")
+    keys = {key: key for key in METHODS["1"]}
+    found, rates = _all(order, keys, _cosines, "figure 1: trainings, gradients looked at")
     result = analysis.GradientCosines({label: analysis.Cosines.joined(each) for label, each in found.items()})
 
     def paint(canvas: Canvas) -> None:
@@ -419,7 +432,7 @@ def _shown_examples(count: int) -> Tensor:
 
 
 def _figure_4(order: Order) -> Made:
-    keys = {"mla": "mla", "igm-no-sam": "igm", "igm": "igm", "turns": "igm"}
+    keys = {key: key if key == "mla" else "igm" for key in METHODS["4"]}
     found, rates = _all(order, keys, _surface, "figure 4: trainings and surfaces")
     result = analysis.compare_surfaces(found)
 
@@ -460,7 +473,7 @@ def _spectra(task: Task) -> analysis.LayerSpectra:
 
 
 def _figure_5a(order: Order) -> Made:
-    keys = {"igm-no-sam": "igm", "igm": "igm"}
+    keys = dict.fromkeys(METHODS["5a"], "igm")
     found, rates = _all(order, keys, _spectra, "figure 5a: trainings and spectra")
     result = analysis.LayerSpectra.joined(found)
     without, with_sam = (result.by_layer(label) for label in found)

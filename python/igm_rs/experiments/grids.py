@@ -76,6 +76,12 @@ class Grid:
         """One heading a column, for tables with one line of headings."""
         return self.words + [f"{group}: {name}" if group else name for group, names in self.groups for name in names]
 
+    def opening(self, groups: int) -> Grid:
+        """Return the part with its first groups of columns only."""
+        kept = self.groups[:groups]
+        columns = len(self.words) + sum(len(names) for _, names in kept)
+        return Grid(self.title, self.words, kept, [row[:columns] for row in self.rows], self.note)
+
     def markdown(self) -> str:
         """Return the part in Markdown, words to the left and numbers to the right."""
         lines = markdown(self._headings, [[cell.markdown for cell in row] for row in self.rows], len(self.words))

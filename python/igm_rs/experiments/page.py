@@ -29,7 +29,10 @@ FIGURES = {
 PICTURE = re.compile(r"figure-(?P<figure>[0-9a-z]+)-(?P<dataset>[A-Za-z0-9][A-Za-z0-9_-]*)\.png")
 
 OPEN_PARTS = 1
-"""Parts of a table that are open on the page; its effects are, too. The others unfold."""
+"""Parts of a table that are open on the page, its effects at the chosen round are, too. The others unfold."""
+
+OPEN_GROUPS = 2
+"""Groups of columns of these parts that are open; with all of them the part is among what unfolds."""
 
 
 def page(folder: Path) -> str:
@@ -59,8 +62,8 @@ def page(folder: Path) -> str:
     parts = [
         "# Results",
         _opening(folder),
-        findings.read_text(encoding="utf-8").strip(),
         _contents(datasets, tables, pictures),
+        findings.read_text(encoding="utf-8").strip(),
     ]
     for name in datasets:
         mine = [table for table in tables if table.results["dataset"] == name]
@@ -82,9 +85,9 @@ def write(folder: Path) -> Path:
 def _opening(folder: Path) -> str:
     """What the page is made of, and how."""
     return (
-        f"Made from the files in this folder by `igm-rs page --out {folder.name}`; the first part is "
+        f"Made from the files in this folder by `igm-rs page --out {folder.name}`; the words before the tables are "
         f"[{FINDINGS}]({FINDINGS}). Each table and each picture stands under the command that makes it; the numbers "
-        "behind it lie beside it as JSON and CSV, every seed among them."
+        "behind it lie beside it as JSON, of tables also as CSV, every seed among them."
     )
 
 
@@ -109,13 +112,9 @@ def _pictures(folder: Path) -> list[tuple[str, str, Path]]:
         match = PICTURE.fullmatch(path.name)
         if match is None:
             raise ValueError(f"picture {path} is called otherwise than figure-FIGURE-DATASET.png")
-        out.append((match["figure"], match["dataset"], path))
+        out.append((match["figure"], _numbers(path)["dataset"], path))
     order = list(FIGURES)
     return sorted(out, key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[1]))
-
-
-def _anchor(kind: str, number: object, dataset: str) -> str:
-    return f"{kind}-{number}-{dataset}"
 
 
 def _contents(datasets: Sequence[str], tables: Sequence[Table], pictures: Sequence[tuple[str, str, Path]]) -> str:
@@ -124,8 +123,7 @@ def _contents(datasets: Sequence[str], tables: Sequence[Table], pictures: Sequen
     for name in datasets:
         mine = [table for table in tables if table.results["dataset"] == name]
         links = [f"[Table {table.results['table']}{_kind(table)}](#{table.name})" for table in mine]
-        figures = [figure for figure, dataset, _ in pictures if dataset == name]
-        links += [f"[Figure {figure}](#{_anchor('figure', figure, name)})" for figure in figures]
+        links += [f"[Figure {figure}](#{path.stem})" for figure, dataset, path in pictures if dataset == name]
         lines.append(f"- {name}: {', '.join(links)}")
     return "\n".join(lines)
 
@@ -152,8 +150,11 @@ def _table(table: Table) -> str:
     ]
     folded: list[str] = []
     for place, grid in enumerate(table.grids):
-        effects = grid.words == [MINUS]
-        (parts if place < OPEN_PARTS or effects else folded).append(grid.markdown())
+        if place < OPEN_PARTS:
+            parts.append(grid.opening(OPEN_GROUPS).markdown())
+        if place >= OPEN_PARTS or len(grid.groups) > OPEN_GROUPS:
+            effects = grid.words == [MINUS] and "last round" not in grid.title
+            (parts if effects else folded).append(grid.markdown())
     inside = "\n\n".join(folded)
     return "\n\n".join([*parts, f"<details><summary>More of this table</summary>\n\n{inside}\n\n</details>"])
 
@@ -161,13 +162,13 @@ def _table(table: Table) -> str:
 def _picture(folder: Path, figure: str, path: Path) -> str:
     """One picture with its command and what is said below it, from the JSON file beside it."""
     told = _numbers(path)
-    dataset = path.stem.split("-", 2)[2]
+    dataset, chosen = told["dataset"], " (selected on the test set)" if path.stem.endswith("-paper") else ""
     place = path.relative_to(folder).as_posix()
     files = [file for ending in (".json", ".csv") if (file := path.with_suffix(ending)).is_file()]
     links = ", ".join(f"[{file.suffix[1:].upper()}]({file.relative_to(folder).as_posix()})" for file in files)
     return "\n\n".join(
         [
-            f'<a id="{_anchor("figure", figure, dataset)}"></a>\n\n### Figure {figure} on {dataset}',
+            f'<a id="{path.stem}"></a>\n\n### Figure {figure} on {dataset}{chosen}',
             f"```\n{told['command']}\n```",
             f"![Figure {figure} on {dataset}]({place})",
             f"{told['caption']} Numbers: {links}.",
@@ -182,7 +183,7 @@ def _numbers(picture: Path) -> dict[str, Any]:
         told: Any = json.loads(numbers.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"picture {picture} has no numbers that can be read beside it: {error}") from error
-    kinds: dict[str, type | tuple[type, ...]] = {"command": str, "caption": str, "versions": dict}
+    kinds: dict[str, type | tuple[type, ...]] = {"command": str, "caption": str, "dataset": str, "versions": dict}
     for name, kind in {**kinds, "revision": (str, type(None))}.items():
         if not isinstance(told, dict) or name not in told or not isinstance(told[name], kind):
             raise ValueError(f"file {numbers} is not as expected: it has no {name}")
@@ -196,7 +197,7 @@ def _method(tables: Sequence[Table], pictures: Sequence[Path]) -> str:
     for table in tables:
         told.setdefault("\n\n".join(table.results["words"]), []).append(table.name)
     for words, names in told.items():
-        parts += [f"**{', '.join(names)}**", words]
+        parts += ["**All tables**" if len(told) == 1 else f"**{', '.join(names)}**", words]
     made: dict[str, list[str]] = {}
     sources = [(table.name, table.results) for table in tables]
     sources += [(path.stem, _numbers(path)) for path in pictures]

@@ -90,9 +90,11 @@ EFFECTS = {
         Effect("shared trunk: modification − its mean eigenvalue", "igm-shared", "shared-scalar"),
         Effect("shared trunk: modification − random basis", "igm-shared", "shared-random"),
         Effect("shared trunk with modification − own heads (turns)", "igm-shared", "turns"),
-        Effect("joint (sum): calibrated − mean fusion", "joint-sum", "joint-sum", ("calibrated", "mean")),
-        Effect("IGM: calibrated − mean fusion", "igm", "igm", ("calibrated", "mean")),
-        Effect("IGM: entropy-weighted − mean fusion", "igm", "igm", ("entropy", "mean")),
+        *(
+            Effect(f"{label}: {words} − mean fusion", key, key, (fusion, "mean"))
+            for fusion, words in (("calibrated", "calibrated"), ("entropy", "entropy-weighted"))
+            for key, label in (("joint-sum", "joint (sum)"), ("turns", "turns"), ("mla", "MLA"), ("igm", "IGM"))
+        ),
     ),
     2: (
         Effect("SAM, without modification", "turns-sam", "turns"),

@@ -70,8 +70,8 @@ def protocol(config: Config, workers: int) -> list[str]:
     else:
         rate = f"every row has learning rate {config.learning_rate:g}"
     measured = (
-        "Measures: accuracy; where test examples share origins (windows of a person, pictures of one title), also the "
-        "accuracy with each origin counting once; mean average precision and macro-F1 over the classes; NLL in nats."
+        "Measures: accuracy; where it makes half a point or more, also the accuracy with each origin (a person, a "
+        "title) counting once; mean average precision and macro-F1 over the classes; NLL in nats."
     )
     choice = f"Choice: {rate}. Each final run is measured at {rounds} and at the last round. "
     choice += (
