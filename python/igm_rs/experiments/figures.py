@@ -467,8 +467,9 @@ def _spectra(task: Task) -> analysis.LayerSpectra:
     gatherer = igm_rs.IGMOptimizer(model.parameters(), parts, model=model, scope=1.0, lr=task.learning_rate)
     for name in names:
         with gatherer.collect(name), torch.no_grad():
-            for chosen in torch.split(torch.arange(len(split)), task.config.batch_size):
-                model.branch(name, split.inputs[name][chosen])
+            batches = batch_stream(len(split), task.config.batch_size, task.seed)  # shuffled, as in training
+            for _ in range(max(1, len(split) // task.config.batch_size)):
+                model.branch(name, split.inputs[name][next(batches)])
     return analysis.layer_spectra(gatherer)
 
 
@@ -484,8 +485,8 @@ def _figure_5a(order: Order) -> Made:
     layers = "layer that sees the data itself is" if equal == 1 else f"{equal} layers that see the data themselves are"
     left_out = f" The {layers} equal and not counted." if equal else ""
     caption = (
-        "Mean singular value of Ȳ by layer, Ȳ of the training split at the weights of the last round; small dots are "
-        f"the seeds of {_runs(order)}. With SAM the mean over the runs is the smaller one in {lower} of {len(learned)} "
+        "Mean singular value of Ȳ by layer, Ȳ of one pass over the training split at the weights of the last round; "
+        f"small dots are the seeds of {_runs(order)}. With SAM the mean over the runs is the smaller one in {lower} of {len(learned)} "
         f"layers, in {in_all} of them in every run.{left_out} {_rates(rates)}"
     )
     size = result.size[0], result.size[1] + 0.3
