@@ -100,3 +100,93 @@ def test_the_summary_in_the_readme_is_that_of_the_tables():
             measure = "by_origin" if name == "openclipart" else "accuracy"
             found = tables.figure(rows[name][by_label[label]], "chosen", measure, "calibrated")
             assert cell == f"{100 * found.mean:.1f} ± {100 * found.sd:.1f}", (label, name)
+
+
+def cell(name, title, row, group, column):
+    """What stands in a table: of the part whose title begins so, in this row, group of columns and column."""
+    table = tables.Table.read(RESULTS / "tables" / f"{name}.json")
+    grid = next(grid for grid in table.grids if grid.title.startswith(title))
+    heads = [*((word, "") for word in grid.words), *((group, head) for group, heads in grid.groups for head in heads)]
+    cells = next(cells for cells in grid.rows if cells[0].text == row)
+    return cells[heads.index((group, column))].text
+
+
+CHOSEN, LAST = "Chosen round", "What is worth how much at the last round"
+EFFECT, FORGETTING = "What is worth how much at the chosen round", "Forgetting"
+TITLES = "accuracy, each origin once"
+OF_FIRST = {"watch": "accuracy of accelerometer", "mfeat": "accuracy of fou"}
+MORE = "more than with the flat modification, ± 95 %"
+
+
+@pytest.mark.parametrize(
+    ("quoted", "name", "place"),
+    [
+        ("IGM 72.5 ± 3.6", "table-1-watch", (CHOSEN, "IGM", "accuracy", "calibrated")),
+        ("MLA 77.2 ± 1.2", "table-1-watch", (CHOSEN, "MLA", "accuracy", "calibrated")),
+        ("turns 76.7 ± 1.2", "table-1-watch", (CHOSEN, "turns", "accuracy", "calibrated")),
+        ("IGM minus MLA is −4.7 ± 5.0", "table-1-watch", (EFFECT, "IGM − MLA", "accuracy", "calibrated")),
+        ("at the last round −4.4 ± 3.0", "table-1-watch", (LAST, "IGM − MLA", "accuracy", "calibrated")),
+        ("IGM 88.9 ± 0.9", "table-1-mfeat", (CHOSEN, "IGM", "accuracy", "calibrated")),
+        ("IGM 65.3 ± 0.9", "table-1-openclipart", (CHOSEN, "IGM", TITLES, "calibrated")),
+        ("joint with SAM 65.7 ± 0.7", "table-1-openclipart", (CHOSEN, "joint, sum + SAM", TITLES, "calibrated")),
+        ("MLA has 65.8 ± 1.3", "table-1-openclipart", (CHOSEN, "MLA", TITLES, "mean")),
+        ("ahead by +1.6 ± 3.7", "table-1-openclipart", (EFFECT, "IGM − joint (sum)", TITLES, "calibrated")),
+        ("clearly by +2.9 ± 2.6", "table-1-openclipart", (EFFECT, "IGM − joint (sum)", TITLES, "sum")),
+        ("worth −1.4 ± 5.1 on watch", "table-2-watch", (EFFECT, "modification, without SAM", "accuracy", "calibrated")),
+        ("−0.1 ± 0.3 on mfeat", "table-2-mfeat", (EFFECT, "modification, without SAM", "accuracy", "calibrated")),
+        (
+            "−0.4 ± 1.0 on openclipart",
+            "table-2-openclipart",
+            (EFFECT, "modification, without SAM", TITLES, "calibrated"),
+        ),
+        ("place is −0.1 ± 5.6", "table-1-watch", (EFFECT, "IGM − its mean eigenvalue", "accuracy", "calibrated")),
+        ("minus none +1.3 ± 3.8", "table-4-watch", (EFFECT, "100% − 0% (none)", "accuracy", "calibrated")),
+        ("worse, −4.4 ± 3.0", "table-2-watch", (EFFECT, "SAM, without modification", "accuracy", "calibrated")),
+        ("mean fusion +0.095 ± 0.066 on watch", "table-2-watch", (EFFECT, "SAM, without modification", "NLL", "mean")),
+        ("turns win, by +9.2 ± 7.7 on watch", "table-1-watch", (EFFECT, "turns − joint (sum)", "accuracy", "mean")),
+        ("they are level, +1.1 ± 1.8", "table-1-watch", (EFFECT, "turns − joint (sum)", "accuracy", "calibrated")),
+        ("clearly worse, +0.063 ± 0.048", "table-1-watch", (EFFECT, "turns − joint (sum)", "NLL", "calibrated")),
+        (
+            "costs MLA −1.6 ± 0.8",
+            "table-1-openclipart",
+            (EFFECT, "MLA: calibrated − mean fusion", TITLES, "calibrated"),
+        ),
+        *(
+            (words, f"table-1-{of}", (FORGETTING, row, OF_FIRST[of], column))
+            for words, of, row, column in (
+                ("forgets 5.1 ± 2.9 points on watch", "watch", "shared trunk, no modification", "forgotten"),
+                ("and 2.8 ± 0.8 on mfeat", "mfeat", "shared trunk, no modification", "forgotten"),
+                ("with it 0.1 ± 0.3", "watch", "shared trunk, flat", "forgotten"),
+                ("and 0.0 ± 0.7", "mfeat", "shared trunk, flat", "forgotten"),
+                ("eigenvalue by +4.7 ± 3.7", "watch", "shared trunk, mean eigenvalue for T", MORE),
+                ("random basis by +4.9 ± 4.0", "watch", "shared trunk, random basis for T", MORE),
+            )
+        ),
+    ],
+)
+def test_a_finding_is_what_the_table_says(quoted, name, place):
+    findings = " ".join((RESULTS / "findings.md").read_text(encoding="utf-8").split())
+    assert quoted in findings
+    assert FIGURE.search(quoted)[0] == cell(name, *place)
+
+
+@pytest.mark.parametrize(("name", "with_sam", "without"), [
+    ("watch", 0.689, 1.160), ("mfeat", 0.610, 0.873), ("openclipart", 0.227, 0.426),
+])  # fmt: skip
+def test_the_rises_that_are_quoted_are_those_of_figure_4(name, with_sam, without):
+    told = json.loads((RESULTS / "figures" / f"figure-4-{name}.json").read_text(encoding="utf-8"))
+    rises = [told["numbers"]["surfaces"][label]["mean_rise"][-1] for label in ("IGM", "IGM without SAM")]
+    assert rises == pytest.approx([with_sam, without], abs=5e-4)
+    assert 0.30 <= 1 - rises[0] / rises[1] <= 0.47
+    findings = (RESULTS / "findings.md").read_text(encoding="utf-8")
+    assert f"{with_sam:.3f}" in findings
+    assert f"{without:.3f}" in findings
+
+
+def test_titles_repeat_as_the_findings_say():
+    loaded = data.load("openclipart")
+    findings = " ".join((RESULTS / "findings.md").read_text(encoding="utf-8").split())
+    for split, words in ((loaded.validation, "226 of the 790"), (loaded.open_test(), "122 of the 636")):
+        _, counts = split.origins.unique(return_counts=True)
+        assert words == f"{int(counts.max())} of the {len(split)}"
+        assert words in findings

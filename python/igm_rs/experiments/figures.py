@@ -486,8 +486,8 @@ def _figure_5a(order: Order) -> Made:
     left_out = f" The {layers} equal and not counted." if equal else ""
     caption = (
         "Mean singular value of Ȳ by layer, Ȳ of one pass over the training split at the weights of the last round; "
-        f"small dots are the seeds of {_runs(order)}. With SAM the mean over the runs is the smaller one in {lower} of {len(learned)} "
-        f"layers, in {in_all} of them in every run.{left_out} {_rates(rates)}"
+        f"small dots are the seeds of {_runs(order)}. With SAM the mean over the runs is the smaller one in {lower} of "
+        f"{len(learned)} layers, in {in_all} of them in every run.{left_out} {_rates(rates)}"
     )
     size = result.size[0], result.size[1] + 0.3
     return Made(size, lambda canvas: _on_one(canvas, result), {"learning_rates": rates, **result.numbers()}, caption)
