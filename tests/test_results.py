@@ -47,8 +47,9 @@ def test_a_table_is_of_the_default_settings_and_of_todays_data(name):
     assert found["split"] == loaded.sizes
     seeds = list(load_config(of, {}).final_seeds)
     assert all([run["seed"] for run in row["runs"]] == seeds for row in found["rows"])
-    wanted = plans.plan(found["table"], loaded.modalities)
-    assert {row["key"] for row in found["rows"]} == {line.row.key for line in wanted}
+    own = [line.row for line in plans.plan(found["table"], loaded.modalities)]
+    wanted = {row.key for row in own if type(row.of).__module__.startswith("igm_rs.")}  # not those of other tests
+    assert {row["key"] for row in found["rows"]} == wanted
     assert re.fullmatch(r"[0-9a-f]{40}", found["revision"]), "made from changed files"
 
 
