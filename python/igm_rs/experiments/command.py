@@ -139,10 +139,8 @@ def _figure(options: argparse.Namespace) -> int:
     _check_used(options, figures.METHODS[options.name])
     if options.name != "3" and config.protocol == "paper":
         raise ValueError(f"protocol is 'paper', expected 'validation': figure {options.name} looks at no test split")
-    if options.name in ("1", "4", "5a") and (config.rho == 0 or config.tau == 0):
-        raise ValueError(
-            f"rho is {config.rho:g} and tau {config.tau:g}, expected both above 0: figure {options.name} is about IGM"
-        )
+    if options.name in ("1", "4", "5a"):
+        _check_both(config, f"figure {options.name} is about IGM")
     given = [name for name in ("rates", "tuning_seeds", "seeds") if getattr(options, name) is not None]
     if options.name == "5c" and given:
         raise ValueError(f"{_option(given[0])} has no part in figure 5c, expected none: it times one training each")
@@ -242,6 +240,18 @@ def _check_used(options: argparse.Namespace, keys: Sequence[str]) -> None:
             )
 
 
+def _check_both(config: Config, why: str) -> None:
+    """Refuse a configuration without SAM or without modification.
+
+    Raises
+    ------
+    ValueError
+        If ρ or τ is 0.
+    """
+    if config.rho == 0 or config.tau == 0:
+        raise ValueError(f"rho is {config.rho:g} and tau {config.tau:g}, expected both above 0: {why}")
+
+
 def _check_own_subject(number: int, config: Config) -> None:
     """Refuse a value that takes from a table what it is about.
 
@@ -250,10 +260,8 @@ def _check_own_subject(number: int, config: Config) -> None:
     ValueError
         If there is one.
     """
-    if number == 2 and (config.rho == 0 or config.tau == 0):
-        raise ValueError(
-            f"rho is {config.rho:g} and tau {config.tau:g}, expected both above 0: table 2 is with and without"
-        )
+    if number == 2:
+        _check_both(config, "table 2 is with and without")
     if number == 3 and config.sources is not None:
         raise ValueError("sources is given, expected none: table 3 has its own for every row")
     if number == 4 and config.scope is not None:

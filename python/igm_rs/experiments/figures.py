@@ -298,12 +298,12 @@ def _cosines(task: Task) -> analysis.Cosines:
 
 
 def _figure_1(order: Order) -> Made:
+    kinds: tuple[Literal["before", "after", "change"], ...] = ("before", "after", "change")
     keys = {key: key for key in METHODS["1"]}
     found, rates = _all(order, keys, _cosines, "figure 1: trainings, gradients looked at")
     result = analysis.GradientCosines({label: analysis.Cosines.joined(each) for label, each in found.items()})
 
     def paint(canvas: Canvas) -> None:
-        kinds: tuple[Literal["before", "after", "change"], ...] = ("before", "after", "change")
         places = canvas.subplots(1, 3)
         for ax, which in zip(places, kinds, strict=True):
             result.draw(ax, which=which)
@@ -314,10 +314,7 @@ def _figure_1(order: Order) -> Made:
         for ax in (middle, right):
             ax.set_yticks([])
 
-    medians = {
-        label: " / ".join(_number(result.median(label, which)) for which in ("before", "after", "change"))
-        for label in found
-    }
+    medians = {label: " / ".join(_number(result.median(label, which)) for which in kinds) for label in found}
     said = "; ".join(f"{label} {words}" for label, words in medians.items())
     caption = (
         f"Cosines in every {WATCHED}th step of {_runs(order)} of each method, once there is a T. Left: the gradient of "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ OPEN_GROUPS = 2
 """Groups of columns of these parts that are open; with all of them the part is among what unfolds."""
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """A stored picture: which figure, of what data set, where it lies, and what its JSON file tells."""
+
+    figure: str
+    dataset: str
+    path: Path
+    told: Mapping[str, Any]
+
+
 def page(folder: Path) -> str:
     """Return the results page in Markdown.
 
@@ -58,7 +69,7 @@ def page(folder: Path) -> str:
         raise FileNotFoundError(f"folder {folder / 'tables'} has no table-*.json, expected at least one table")
     pictures = _pictures(folder)
     datasets = list(dict.fromkeys(table.results["dataset"] for table in tables))
-    datasets += [name for name in dict.fromkeys(dataset for _, dataset, _ in pictures) if name not in datasets]
+    datasets += [name for name in dict.fromkeys(picture.dataset for picture in pictures) if name not in datasets]
     parts = [
         "# Results",
         _opening(folder),
@@ -70,8 +81,8 @@ def page(folder: Path) -> str:
         title = mine[0].results["title"] if mine else name
         parts.append(f"## {title}")
         parts += [_table(table) for table in mine]
-        parts += [_picture(folder, figure, path) for figure, dataset, path in pictures if dataset == name]
-    parts.append(_method(tables, [path for *_, path in pictures]))
+        parts += [_picture(folder, picture) for picture in pictures if picture.dataset == name]
+    parts.append(_method(tables, pictures))
     return "\n\n".join(parts) + "\n"
 
 
@@ -105,25 +116,28 @@ def _tables(folder: Path) -> list[Table]:
     return sorted(found, key=place)
 
 
-def _pictures(folder: Path) -> list[tuple[str, str, Path]]:
-    """Return figure, data set and path of each picture, in the order of the paper."""
+def _pictures(folder: Path) -> list[_Picture]:
+    """Read what there is of each picture, in the order of the paper."""
     out = []
     for path in sorted((folder / "figures").glob("figure-*.png")):
         match = PICTURE.fullmatch(path.name)
         if match is None:
             raise ValueError(f"picture {path} is called otherwise than figure-FIGURE-DATASET.png")
-        out.append((match["figure"], _numbers(path)["dataset"], path))
+        told = _numbers(path)
+        out.append(_Picture(match["figure"], told["dataset"], path, told))
     order = list(FIGURES)
-    return sorted(out, key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[1]))
+    return sorted(
+        out, key=lambda each: (order.index(each.figure) if each.figure in order else len(order), each.dataset)
+    )
 
 
-def _contents(datasets: Sequence[str], tables: Sequence[Table], pictures: Sequence[tuple[str, str, Path]]) -> str:
+def _contents(datasets: Sequence[str], tables: Sequence[Table], pictures: Sequence[_Picture]) -> str:
     """What is on the page: a line a data set, a link each."""
     lines = []
     for name in datasets:
         mine = [table for table in tables if table.results["dataset"] == name]
         links = [f"[Table {table.results['table']}{_kind(table)}](#{table.name})" for table in mine]
-        links += [f"[Figure {figure}](#{path.stem})" for figure, dataset, path in pictures if dataset == name]
+        links += [f"[Figure {each.figure}](#{each.path.stem})" for each in pictures if each.dataset == name]
         lines.append(f"- {name}: {', '.join(links)}")
     return "\n".join(lines)
 
@@ -159,10 +173,10 @@ def _table(table: Table) -> str:
     return "\n\n".join([*parts, f"<details><summary>More of this table</summary>\n\n{inside}\n\n</details>"])
 
 
-def _picture(folder: Path, figure: str, path: Path) -> str:
+def _picture(folder: Path, picture: _Picture) -> str:
     """One picture with its command and what is said below it, from the JSON file beside it."""
-    told = _numbers(path)
-    dataset, chosen = told["dataset"], " (selected on the test set)" if path.stem.endswith("-paper") else ""
+    figure, dataset, path, told = picture.figure, picture.dataset, picture.path, picture.told
+    chosen = " (selected on the test set)" if path.stem.endswith("-paper") else ""
     place = path.relative_to(folder).as_posix()
     files = [file for ending in (".json", ".csv") if (file := path.with_suffix(ending)).is_file()]
     links = ", ".join(f"[{file.suffix[1:].upper()}]({file.relative_to(folder).as_posix()})" for file in files)
@@ -190,7 +204,7 @@ def _numbers(picture: Path) -> dict[str, Any]:
     return dict(told)
 
 
-def _method(tables: Sequence[Table], pictures: Sequence[Path]) -> str:
+def _method(tables: Sequence[Table], pictures: Sequence[_Picture]) -> str:
     """How the comparisons are made, and with what; said once for all tables that say the same."""
     parts = ["## How the comparisons are made"]
     told: dict[str, list[str]] = {}
@@ -199,8 +213,8 @@ def _method(tables: Sequence[Table], pictures: Sequence[Path]) -> str:
     for words, names in told.items():
         parts += ["**All tables**" if len(told) == 1 else f"**{', '.join(names)}**", words]
     made: dict[str, list[str]] = {}
-    sources = [(table.name, table.results) for table in tables]
-    sources += [(path.stem, _numbers(path)) for path in pictures]
+    sources: list[tuple[str, Mapping[str, Any]]] = [(table.name, table.results) for table in tables]
+    sources += [(picture.path.stem, picture.told) for picture in pictures]
     for name, results in sources:
         versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
         revision = f" at revision {results['revision']}" if results["revision"] else ""
