@@ -120,8 +120,8 @@ class SpectrogramColumn(Column):
         """``(n, 1, frequencies, windows)``."""
         return len(self.paths), *self.sound.shape
 
-    def example(self, place: int, seed: int | None) -> Tensor:  # noqa: ARG002  # nothing is random
-        """Decode a clip's sound, see :meth:`Column.example`; channels are averaged."""
+    def example(self, place: int, seed: int | None) -> Tensor:
+        """Decode a clip's sound, see :meth:`Column.example`; channels are averaged, and the seed changes nothing."""
         path = self.paths[place]
         try:
             samples, rate = soundfile.read(path, dtype="float32", always_2d=True)

@@ -89,6 +89,6 @@ def whole(example: Example) -> list[Trouble]:
 
 def _shared(who: str, origin: str, home: str, where: str, paper: str) -> str:
     return (
-        f"{who} {origin} is in the {home} split too, {where}{paper and f'; {paper}'}; --speakers shared takes the lists "
-        f"as they are, and measures on {who}s that were trained on"
+        f"{who} {origin} is in the {home} split too, {where}{paper and f'; {paper}'}; --speakers shared takes the "
+        f"lists as they are, and measures on {who}s that were trained on"
     )

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from .faults import DataFault
 
-__all__ = ["Home", "Trouble", "clip_pictures", "file_trouble"]
+__all__ = ["ADVICE", "PICTURES", "Home", "Trouble", "clip_pictures", "file_trouble"]
 
 Trouble = tuple[str, str]
 """What is wrong with a file: its kind, one of :data:`igm_rs.experiments.on_disk.faults.KINDS`, and the reason."""
@@ -20,6 +20,9 @@ PICTURES = (".jpg", ".jpeg", ".png")
 
 UNKNOWN_SIZE = 0xFFFFFFFF
 """Written as a size by programs that do not know it yet: the chunk ends with the file."""
+
+ADVICE = "; igm-rs data check"
+"""What is said after the reason in an error about one file."""
 
 TAIL = 4096
 """Bytes at the end of a JPEG file in which its end is looked for first."""
@@ -52,7 +55,7 @@ class Home:
         """Return the error for a file that cannot be decoded."""
         said = " ".join(str(reason).split()) or type(reason).__name__
         return DataFault(
-            f"{path}: it cannot be decoded ({said}); igm-rs data check {self.name} {self.folder} finds all such files"
+            f"{path}: it cannot be decoded ({said}){ADVICE} {self.name} {self.folder} finds all such files"
         )
 
 

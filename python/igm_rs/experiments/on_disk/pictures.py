@@ -93,9 +93,10 @@ def picture(path: Path, home: Home) -> Image.Image:
     """
     try:
         with Image.open(path) as opened:
-            return opened.convert("RGB")
+            shown: Image.Image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise home.undecodable(path, error) from error
+    return shown
 
 
 def frame_places(count: int, wanted: int, *, training: bool) -> list[int]:
