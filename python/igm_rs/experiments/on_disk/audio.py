@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torchaudio.functional import resample
 from igm_rs.experiments.columns import Column
 
 from .media import Home
+from .threads import one_thread
 
 __all__ = ["HOP", "LOG_OFFSET", "N_FFT", "SMALL_FRAMES", "SMALL_N_FFT", "SMALL_RATE", "Sound", "SpectrogramColumn"]
 
@@ -83,7 +83,7 @@ class Sound:
             float32, :attr:`shape`. The windows are Hann's, the first is centred on the first sample, and there are
             zeros beyond both ends, as in librosa since 0.10, which the scripts call.
         """
-        with _one_thread():
+        with one_thread():
             heard = resample(waveform.to(torch.float32), rate, self.rate)
             heard = heard.repeat(-(-self.samples // len(heard)))[: self.samples].clamp(-1.0, 1.0)
             window = torch.hann_window(self.n_fft)
@@ -137,14 +137,3 @@ class SpectrogramColumn(Column):
         """Yield how sound is decoded, then every file."""
         yield str(self.sound)
         yield from self.home.lines(self.paths)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute on one thread here, as in a process that loads: several add up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from igm_rs.experiments.columns import Column, seeded
 
 from .media import Home
+from .threads import one_thread
 
 __all__ = [
     "CLIP",
@@ -157,22 +158,17 @@ class FramesColumn(Column):
 
     def example(self, place: int, seed: int | None) -> Tensor:
         """Decode a clip's pictures, see :meth:`Column.example`."""
-        if seed is None:
-            return self._decoded(self.clips[place], training=False)
-        with seeded(seed):
-            return self._decoded(self.clips[place], training=True)
+        clip, training = self.clips[place], seed is not None
+        transform = self.look.transform(training=training)
+        with one_thread(), seeded(0 if seed is None else seed):  # for measuring nothing is drawn
+            places = frame_places(len(clip), self.frames, training=training)
+            return torch.stack([transform(picture(clip[each], self.home)) for each in places], dim=1)
 
     def digest_lines(self) -> Iterable[str]:
         """Yield how pictures are chosen and decoded, then every file."""
         yield f"frames {self.frames}, {self.look}"
         for clip in self.clips:
             yield from self.home.lines(clip)
-
-    def _decoded(self, clip: tuple[Path, ...], *, training: bool) -> Tensor:
-        transform = self.look.transform(training=training)
-        places = frame_places(len(clip), self.frames, training=training)
-        shown = [transform(picture(clip[place], self.home)) for place in places]
-        return torch.stack(shown, dim=1)
 
 
 @dataclass(frozen=True)
@@ -205,12 +201,10 @@ class PictureColumn(Column):
     def example(self, place: int, seed: int | None) -> Tensor:
         """Decode a picture, see :meth:`Column.example`."""
         shown = picture(self.paths[place], self.home)
-        if seed is None:
-            decoded: Tensor = self.look.transform(training=False)(shown)
-            return decoded
-        with seeded(seed):
-            drawn: Tensor = self.look.transform(training=True)(shown)
-            return drawn
+        transform = self.look.transform(training=seed is not None)
+        with one_thread(), seeded(0 if seed is None else seed):
+            decoded: Tensor = transform(shown)
+        return decoded
 
     def digest_lines(self) -> Iterable[str]:
         """Yield how a picture is decoded, then every file."""
