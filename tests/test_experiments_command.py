@@ -38,9 +38,10 @@ def test_each_shipped_set_has_a_readable_file(name):
     assert config.protocol == "validation"
     assert config.seeds == 5
     assert name in data.names()
-    # what the file leaves out has no sensible text: none
+    # what the file leaves out has no sensible text: none; or is for other sets, or one method
     named = set(re.findall(r"^(\w+) =", text, re.MULTILINE))
-    assert {each.name for each in fields(Config)} - named == {"data", "scope", "sources", "learning_rate"}
+    left_out = {"data", "scope", "sources", "learning_rate", "network", "patience", "released"}
+    assert {each.name for each in fields(Config)} - named == left_out
 
 
 def test_all_sets_have_the_same_budget_and_grid_for_every_method():
@@ -117,7 +118,8 @@ def test_every_value_can_be_overridden(monkeypatch, tmp_path):
         "trunk_tau": ("10", 10.0), "alpha": ("0.2", 0.2), "scope": ("0.3", 0.3),
         "sources": ("a=none,b=a", {"a": None, "b": "a"}), "rates": ("0.1 0.2", (0.1, 0.2)),
         "learning_rate": ("0.4", 0.4), "tuning_seeds": ("1 2 3", (1, 2, 3)), "first_seed": ("50", 50),
-        "seeds": ("4", 4), "protocol": ("paper", "paper"),
+        "seeds": ("4", 4), "protocol": ("paper", "paper"), "network": ("default", "default"), "schedule": ("plateau", "plateau"),
+        "patience": ("2", 2), "released": ("shape kept", ("kept", "shape")),
     }  # fmt: skip
     assert {each.name for each in fields(Config)} - set(given) == {"data"}
     apart = {name: given.pop(name) for name in ("momentum", "learning_rate")}  # have no part beside adam and rates

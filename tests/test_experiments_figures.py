@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from igm_rs import analysis
-from igm_rs.experiments import figures
+from igm_rs.experiments import figures, running
 from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.data import DataSet
 from igm_rs.experiments.page import FIGURES, PICTURE
@@ -201,7 +201,7 @@ def test_warnings_are_kept_quiet_in_new_processes_and_as_they_were_afterwards(mo
         monkeypatch.delenv("PYTHONWARNINGS", raising=False)
         if before:
             monkeypatch.setenv("PYTHONWARNINGS", before)
-        with figures._without_warning_of_rho():
+        with running.without_warning_of_rho():
             told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False).stderr
         assert "rho" not in told.replace(program, "")
         assert "UserWarning: other" in told
@@ -209,10 +209,10 @@ def test_warnings_are_kept_quiet_in_new_processes_and_as_they_were_afterwards(mo
 
 
 def test_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^figure is '2', expected one of 1, 3, 4, 5a, 5c$"):
+    with pytest.raises(ValueError, match=r"^figure is '2', expected one of 1, 3, 4, 5a, 5b, 5c$"):
         figures.figure("2", TINY, tmp_path, workers=1, command="")
     one = SOURCE.load("toy")
     single = figures.replace(one, train=figures.replace(one.train, inputs={"a": one.train.inputs["a"]}))
-    source = type("One", (), {"load": lambda self, name: single})()
+    source = type("One", (), {"of": lambda self, config: single})()
     with pytest.raises(ValueError, match=r"^data is 'toy' with one modality, expected two or more to compare methods$"):
         figures.figure("1", TINY, tmp_path, workers=1, command="", source=source)

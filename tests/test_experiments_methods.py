@@ -11,7 +11,7 @@ from igm_rs.experiments import data, methods, registering
 from igm_rs.experiments.configuration import Config, load_config
 from igm_rs.experiments.methods import METHODS, Method, Row
 from igm_rs.experiments.networks import Branches
-from igm_rs.experiments.training import Training, take_step
+from igm_rs.experiments.training import Training
 
 TOY = Path(__file__).with_name("toy_sets.py")
 registering.register_files([TOY])
@@ -133,13 +133,13 @@ def test_the_projection_of_mla_fires(toy):
     training = Training(toy, row("mla"), TINY, 0.05, 0)
     model, optimizer = training.model, training.optimizer
     chosen = torch.arange(16)
-    take_step(model, optimizer, ("a",), chosen, toy.train)
+    training.step_on(("a",), chosen, {"a": toy.train.inputs["a"][chosen]})
     model.eval()  # so that this pass is no feature
     logits = model.branch("b", toy.train.inputs["b"][chosen])
     model.train()
     loss = nn.functional.cross_entropy(logits, toy.train.labels[chosen])
     (before,) = torch.autograd.grad(loss, [model.head.weight])
-    take_step(model, optimizer, ("b",), chosen, toy.train)
+    training.step_on(("b",), chosen, {"b": toy.train.inputs["b"][chosen]})
     after = model.head.weight.grad
     (T,) = optimizer.projectors["a"].values()
     assert not torch.allclose(after, before, rtol=1e-3)
@@ -155,7 +155,8 @@ def test_mla_projects_in_every_step_after_the_first(toy):
     cosines = []
     for step in range(4):
         for name in NAMES:
-            take_step(training.model, training.optimizer, (name,), torch.arange(16) + 16 * step, toy.train)
+            chosen = torch.arange(16) + 16 * step
+            training.step_on((name,), chosen, {name: toy.train.inputs[name][chosen]})
             cosines += [layer["cosine"] for layer in training.optimizer.last_stats["projected"].values()]
     assert len(cosines) >= 7
     assert max(cosines[1:]) < 0.999
@@ -170,8 +171,8 @@ def test_a_frozen_trunk_moves_for_the_first_modality_only(toy):
     moved = []
 
     class Watched(Training):
-        def step_on(self, active, chosen):
-            loss = super().step_on(active, chosen)
+        def step_on(self, active, chosen, inputs):
+            loss = super().step_on(active, chosen, inputs)
             now = [p.clone() for p in self.model.trunk.parameters()]
             moved.append((active, any(not torch.equal(x, y) for x, y in zip(now, self.seen, strict=True))))
             self.seen = now

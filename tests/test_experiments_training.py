@@ -13,7 +13,8 @@ from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.data import Split
 from igm_rs.experiments.evaluation import evaluate
 from igm_rs.experiments.methods import METHODS, Row
-from igm_rs.experiments.training import Stopped, Training, batch_stream, turns_of
+from igm_rs.experiments.feeding import batch_stream
+from igm_rs.experiments.training import Stopped, Training, turns_of
 
 registering.register_files([Path(__file__).with_name("toy_sets.py")])
 NAMES = ("a", "b")
@@ -49,12 +50,12 @@ class Watched(Training):
         super().__init__(*given)
         self.seen, self.order, self.rates = {}, [], []
 
-    def step_on(self, active, chosen):
+    def step_on(self, active, chosen, inputs):
         self.order.append(active)
         self.rates.append(self.optimizer.param_groups[0]["lr"])
         for name in active:
             self.seen.setdefault(name, []).append(chosen.tolist())
-        return super().step_on(active, chosen)
+        return super().step_on(active, chosen, inputs)
 
 
 # Fairness and schedules
@@ -161,8 +162,8 @@ def test_training_leaves_the_random_state_alone_and_depends_on_the_seed(toy):
 
 def test_a_round_that_has_diverged_is_not_chosen(toy):
     class Diverging(Training):
-        def step_on(self, active, chosen):
-            loss = super().step_on(active, chosen)
+        def step_on(self, active, chosen, inputs):
+            loss = super().step_on(active, chosen, inputs)
             return loss * math.nan if self.done >= 4 else loss
 
     result = Diverging(toy.without_test(), row("joint-sum"), TINY, 0.05, 0).run()

@@ -1,4 +1,4 @@
-"""The command ``igm-rs``: train, table, figure, list, page; each part is imported when it is called."""
+"""The command ``igm-rs``: train, table, figure, data check, list, page; each part is imported when it is called."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import igm_rs
 
-from .configuration import BASES, PROTOCOLS, Config, cores, count, load_config
+from .columns import SPEAKERS, Reading
+from .configuration import CHOICES, DEVIATIONS, Config, cores, count, load_config
 from .extra import what_to_install
 
 if TYPE_CHECKING:
     from .data import DataSet
+    from .feeding import Means
     from .methods import Row
     from .running import RunRecord, Source
 
@@ -89,7 +92,7 @@ def _table(options: argparse.Namespace) -> int:
     """Make a table: its runs, where they are not in the store yet; print it and write it."""
     from . import plans, reproduction, tables
     from .protocol import protocol
-    from .running import tune, versions
+    from .running import tune, versions, without_warning_of_rho
     from .store import revision
 
     stored = None if options.compare is None else tables.Table.read(options.compare)
@@ -100,7 +103,8 @@ def _table(options: argparse.Namespace) -> int:
     tuned = [line.tuned_as for line in lines]
     choices = tune(tuned, config, options.out, options.workers, resume=options.resume, source=source)
     rates = {line.row: choices[line.tuned_as].learning_rate for line in lines}
-    records = _final([line.row for line in lines], rates, config, options, source)
+    with without_warning_of_rho() if options.number == 5 else nullcontext():
+        records = _final([line.row for line in lines], rates, config, options, source)
     about = {
         "dataset": data.name,
         "title": data.title,
@@ -158,6 +162,19 @@ def _figure(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace) -> int:
+    """Say what a folder holds of a data set, what is wrong with it, and what a training would use."""
+    from .data import check_reading, on_disk_of
+    from .on_disk.check import check
+
+    reading = Reading(options.network, options.weights or {}, True, options.speakers)
+    found = on_disk_of(options.set)
+    check_reading(options.set, reading)
+    report = check(found, options.folder, reading)
+    print(report.text)
+    return 1 if report.problems else 0
+
+
 def _list(options: argparse.Namespace) -> int:
     """Print data sets, methods, tables and figures."""
     from .listing import listing
@@ -180,12 +197,17 @@ def _begin(options: argparse.Namespace) -> tuple[DataSet, Config, Source]:
     """Return data set, configuration and where data come from; what can be wrong is found before training."""
     from .running import Source
 
-    source = Source(options.folder, tuple(options.register))
+    reading = Reading("default", options.weights or {}, options.skip_broken, options.speakers)
+    source = Source(options.folder, tuple(options.register), reading, _means(options))
     try:
-        data = source.load(options.data)
+        source.known(options.data)
         config = _config(options)
+        data = source.of(config)
     except TypeError as error:  # what a file of the user's holds
         raise ValueError(str(error)) from error
+    if data.left_out:
+        print(f"left out of {data.name}: {data.left_out}; see igm-rs data check", file=sys.stderr)
+    config.rho_of(data.modalities)
     for name, whose in (config.sources or {}).items():
         for each in (name, whose):
             if each is not None and each not in data.modalities:
@@ -205,6 +227,26 @@ def _begin(options: argparse.Namespace) -> tuple[DataSet, Config, Source]:
     if not os.access(options.out, os.W_OK):
         raise PermissionError(f"folder {options.out} cannot be written to")
     return data, config, source
+
+
+def _means(options: argparse.Namespace) -> Means:
+    """Return device and loading processes.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    """
+    import torch
+
+    from .feeding import Means
+
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {options.device!r}, expected one that torch can use: {reason}") from error
+    return Means(options.device, options.loaders)
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -248,8 +290,9 @@ def _check_both(config: Config, why: str) -> None:
     ValueError
         If ρ or τ is 0.
     """
-    if config.rho == 0 or config.tau == 0:
-        raise ValueError(f"rho is {config.rho:g} and tau {config.tau:g}, expected both above 0: {why}")
+    if not config.has_sam or config.tau == 0:
+        rho = _written(config.rho)
+        raise ValueError(f"rho is {rho} and tau {config.tau:g}, expected both above 0: {why}")
 
 
 def _check_own_subject(number: int, config: Config) -> None:
@@ -264,6 +307,10 @@ def _check_own_subject(number: int, config: Config) -> None:
         _check_both(config, "table 2 is with and without")
     if number == 3 and config.sources is not None:
         raise ValueError("sources is given, expected none: table 3 has its own for every row")
+    if number == 5:
+        _check_both(config, "table 5 is about IGM")
+        if config.released != DEVIATIONS:
+            raise ValueError("released is given, expected none: table 5 has its own for every row")
     if number == 4 and config.scope is not None:
         raise ValueError(f"scope is {config.scope:g}, expected none: table 4 has its own for every row")
 
@@ -318,6 +365,11 @@ def _command(options: argparse.Namespace) -> str:
         value = getattr(options, each.name)
         if each.name != "data" and value is not None:
             words += [_option(each.name), *(map(str, value) if isinstance(value, list) else [_written(value)])]
+    if options.speakers != "apart":
+        words += ["--speakers", options.speakers]
+    words += ["--skip-broken"] * options.skip_broken
+    for name, path in (options.weights or {}).items():
+        words += ["--weights", f"{name}={path.name}"]
     for path in options.register:
         words += ["--register", path.name]
     if options.config is not None:
@@ -327,7 +379,10 @@ def _command(options: argparse.Namespace) -> str:
 
 def _written(value: Any) -> str:
     if isinstance(value, dict):
-        return ",".join(f"{name}={source or 'none'}" for name, source in value.items())
+        words = {name: each if isinstance(each, str) else _written(each) for name, each in value.items()}
+        return ",".join(f"{name}={each}" for name, each in words.items())
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -351,15 +406,25 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--method", nargs="+", required=True, metavar="KEY", help="methods, see igm-rs list")
     _add_run_options(train, _train)
     table = parts.add_parser("table", help="make one of the paper's tables")
-    table.add_argument("number", type=int, choices=(1, 2, 3, 4), help="the paper's number of the table")
+    table.add_argument(
+        "number", type=int, choices=(1, 2, 3, 4, 5), help="the paper's number of the table; 5: released scripts"
+    )
     table.add_argument("--methods", nargs="+", metavar="KEY", help="these rows of table 1 only")
     table.add_argument(
         "--compare", type=Path, metavar="FILE", help="say whether the table is the stored one of this JSON file"
     )
     _add_run_options(table, _table)
     figure = parts.add_parser("figure", help="make one of the paper's figures")
-    figure.add_argument("name", choices=("1", "3", "4", "5a", "5c"), help="the paper's number of the figure")
+    figure.add_argument("name", choices=("1", "3", "4", "5a", "5b", "5c"), help="the paper's number of the figure")
     _add_run_options(figure, _figure)
+    checked = parts.add_parser("data", help="look at a data set in a folder, before training")
+    tasks = checked.add_subparsers(dest="task", required=True, metavar="TASK")
+    check = tasks.add_parser("check", help="say what is there, what is missing or broken, and what would be used")
+    check.add_argument("set", metavar="NAME", help="data set, see igm-rs list")
+    check.add_argument("folder", type=Path, metavar="FOLDER", help="where its files lie")
+    check.add_argument("--network", choices=CHOICES["network"], default="default", help="for these encoders")
+    _add_reading_options(check)
+    check.set_defaults(run=_check)
     listed = parts.add_parser("list", help="list data sets, methods, tables and figures")
     _add_source_options(listed)
     listed.set_defaults(run=_list)
@@ -371,11 +436,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--folder", type=Path, metavar="FOLDER", help="where the data set's files lie, if not in the package"
-    )
+        "--data-root", "--folder", type=Path, dest="folder", metavar="FOLDER",
+        help="where the data set's files lie, if not in the package",
+    )  # fmt: skip
     parser.add_argument(
         "--register", type=Path, nargs="+", default=[], metavar="FILE",
         help="Python files that register data sets or methods",
+    )  # fmt: skip
+
+
+def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", type=_paths, nargs="+", action=_Merge, metavar="MODALITY=PATH",
+        help="file or folder with the weights that an encoder begins with",
+    )  # fmt: skip
+    parser.add_argument(
+        "--speakers", choices=SPEAKERS, default="apart",
+        help="whether a speaker may be in two splits, as in the paper's split of CREMA-D (default: apart)",
     )  # fmt: skip
 
 
@@ -390,22 +467,67 @@ def _add_run_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Na
         "--workers", type=count, default=cores(), metavar="N", help="runs side by side (default: all cores)"
     )
     parser.add_argument("--resume", action="store_true", help="continue interrupted runs, bit for bit")
+    parser.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="where to compute, such as cuda (default: cpu)"
+    )
+    parser.add_argument(
+        "--loaders", type=_natural, default=0, metavar="N",
+        help="processes that decode files ahead, of each modality of each run (default: 0, the run's own does)",
+    )  # fmt: skip
     _add_source_options(parser)
+    _add_reading_options(parser)
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave out and count examples with something wrong; else an error"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file in place of the data set's own")
     values = parser.add_argument_group("values of the configuration", "by default those of the data set's TOML file")
     for each in fields(Config):
         if each.name == "data":
             continue
         kind, more = _KINDS[str(each.type)]
-        chosen = {"base": BASES, "protocol": PROTOCOLS}.get(each.name)
         values.add_argument(
-            _option(each.name), dest=each.name, type=kind, choices=chosen, help=each.metadata["help"], **more
+            _option(each.name),
+            dest=each.name,
+            type=kind,
+            choices=CHOICES.get(each.name),
+            help=each.metadata["help"],
+            **more,
         )
 
 
 def _number_or_none(text: str) -> float | str:
     """Read a number or the word none."""
     return text if text == "none" else float(text)
+
+
+def _natural(text: str) -> int:
+    """Read an integer from 0."""
+    return 0 if text == "0" else count(text)
+
+
+def _number_or_each(text: str) -> float | dict[str, float]:
+    """Read a number, or such as ``audio=1e-10,video=1e-15``."""
+    if "=" not in text:
+        return float(text)
+    return {name: float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+
+
+def _paths(text: str) -> dict[str, Path]:
+    """Read such as ``text=folder``."""
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not such as text=FOLDER")
+    return {name: Path(path)}
+
+
+class _Merge(argparse.Action):
+    """Puts several mappings together."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        merged: dict[str, Any] = dict(getattr(namespace, self.dest) or {})
+        for each in values:
+            merged |= each
+        setattr(namespace, self.dest, merged)
 
 
 def _mapping(text: str) -> dict[str, str | None] | str:
@@ -426,6 +548,8 @@ _KINDS: dict[str, tuple[Callable[[str], Any], dict[str, Any]]] = {
     "Mapping[str, str | None] | None": (_mapping, {"metavar": "A=B,…"}),
     "tuple[float, ...]": (float, {"nargs": "+", "metavar": "X"}),
     "tuple[int, ...]": (int, {"nargs": "+", "metavar": "N"}),
+    "tuple[str, ...]": (str, {"nargs": "*", "metavar": "NAME"}),
+    "float | Mapping[str, float]": (_number_or_each, {"metavar": "X"}),
 }
 """How an option is read, by the type of the configuration's field."""
 

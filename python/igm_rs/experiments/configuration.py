@@ -16,13 +16,39 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["BASES", "PROTOCOLS", "Config", "cores", "count", "load_config", "override"]
+from .columns import NETWORKS
+
+__all__ = [
+    "BASES",
+    "CHOICES",
+    "DEVIATIONS",
+    "LATER",
+    "PROTOCOLS",
+    "SCHEDULES",
+    "Config",
+    "cores",
+    "count",
+    "load_config",
+    "override",
+]
 
 FOLDER = Path(__file__).resolve().with_name("configurations")
 """Where the files of the shipped data sets lie, and ``default.toml`` for all others."""
 
 BASES = ("sgd", "adam")
 PROTOCOLS = ("validation", "paper")
+SCHEDULES = ("cosine", "plateau")
+
+DEVIATIONS = ("tensor-norm", "kept", "stale-head", "mixed-loss", "pass", "shape", "rebuild")
+"""What the released scripts do otherwise than the paper, each by itself: ε* normalised for each tensor; never taken
+back; the head alone at θ + ε*, on the features of θ; the loss 0.7 of mixed examples at θ and 0.3 at θ + ε*; Ȳ from a
+pass in evaluation mode at the best weights so far; every T of equal shape; network and optimizer rebuilt each turn."""
+
+CHOICES = {"base": BASES, "protocol": PROTOCOLS, "network": NETWORKS, "schedule": SCHEDULES}
+"""Values of which there are few."""
+
+LATER = ("network", "schedule", "patience", "released")
+"""Values that configurations kept with older results do not have; they were made with the defaults of today."""
 
 
 def _option(default: Any, words: str) -> Any:
@@ -49,8 +75,8 @@ class Config:
         The optimizer underneath.
     momentum, weight_decay : float
         Of the optimizer underneath; Adam has no momentum but its own.
-    rho : float
-        ρ of every method with SAM, in the unit of the weights.
+    rho : float or mapping of str to float
+        ρ of every method with SAM, in the unit of the weights; one for all modalities, or one for each.
     tau : float
         τ of the flat modification.
     trunk_tau : float
@@ -72,6 +98,14 @@ class Config:
         Seed of the first final run of a row, and how many there are.
     protocol : {"validation", "paper"}
         Where the round is chosen: on the validation split, or on the test split as the released scripts do.
+    network : {"default", "small", "pretrained", "frozen"}
+        The encoders, see :class:`igm_rs.experiments.columns.Reading`.
+    schedule : {"cosine", "plateau"}
+        The learning rate on half a cosine, or divided by 10 when the training loss is saturated (the paper).
+    patience : int
+        Rounds without a smaller training loss after which it is.
+    released : tuple of str
+        Which of :data:`DEVIATIONS` the method "released" has.
     """
 
     data: str = _option("watch", "data set")
@@ -81,7 +115,9 @@ class Config:
     base: str = _option("sgd", "optimizer underneath: sgd or adam")
     momentum: float = _option(0.9, "momentum of sgd")
     weight_decay: float = _option(1e-4, "weight decay")
-    rho: float = _option(0.05, "ρ of the methods with SAM, in the unit of the weights")
+    rho: float | Mapping[str, float] = _option(
+        0.05, "ρ of the methods with SAM, in the unit of the weights; or one for each modality: audio=0.05,video=0.02"
+    )
     tau: float = _option(0.4, "τ of the flat modification")
     trunk_tau: float = _option(100.0, "τ of the flat modification of a shared trunk")
     alpha: float = _option(0.1, "α of MLA's recursion")
@@ -95,6 +131,10 @@ class Config:
     first_seed: int = _option(100, "seed of the first final run")
     seeds: int = _option(5, "final runs of every row")
     protocol: str = _option("validation", "where the round is chosen: validation, or paper (on the test split)")
+    network: str = _option("default", "encoders: the set's own, small ones, pretrained ones, or pretrained and frozen")
+    schedule: str = _option("cosine", "learning rate: half a cosine, or a tenth at each plateau of the training loss")
+    patience: int = _option(5, "rounds without a smaller training loss that make a plateau")
+    released: tuple[str, ...] = _option(DEVIATIONS, "deviations of the method released: " + ", ".join(DEVIATIONS))
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -104,10 +144,14 @@ class Config:
         TypeError, ValueError
             Names the field, its value and what was expected.
         """
-        for name in ("steps", "turn_steps", "batch_size", "seeds"):
+        for name in ("steps", "turn_steps", "batch_size", "seeds", "patience"):
             _integer(name, getattr(self, name), 1)
         _integer("first_seed", self.first_seed, 0)
-        for name in ("rho", "tau", "trunk_tau", "weight_decay"):
+        if isinstance(self.rho, Mapping):
+            object.__setattr__(self, "rho", dict(self.rho))
+        for name, value in self.rho.items() if isinstance(self.rho, Mapping) else {"": self.rho}.items():
+            _number(f"rho of {name}" if name else "rho", value, positive=False)
+        for name in ("tau", "trunk_tau", "weight_decay"):
             _number(name, getattr(self, name), positive=False)
         _number("alpha", self.alpha, positive=True)
         _number("momentum", self.momentum, positive=False)
@@ -130,9 +174,15 @@ class Config:
             _number("rates", rate, positive=True)
         for seed in self.tuning_seeds:
             _integer("tuning_seeds", seed, 0)
-        for name, known in (("base", BASES), ("protocol", PROTOCOLS)):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
+        if isinstance(self.released, str) or not isinstance(self.released, Sequence):
+            raise TypeError(f"released is {self.released!r}, expected a list")
+        for name in self.released:
+            if name not in DEVIATIONS:
+                raise ValueError(f"released has {name!r}, expected some of {', '.join(DEVIATIONS)}")
+        object.__setattr__(self, "released", tuple(name for name in DEVIATIONS if name in self.released))
         used = set(self.tuning_seeds) & set(self.final_seeds)
         if used:
             raise ValueError(
@@ -153,6 +203,28 @@ class Config:
     def final_seeds(self) -> range:
         """Seeds of the final runs."""
         return range(self.first_seed, self.first_seed + self.seeds)
+
+    @property
+    def has_sam(self) -> bool:
+        """Whether any ρ is above 0."""
+        return any(self.rho.values()) if isinstance(self.rho, Mapping) else self.rho > 0
+
+    def rho_of(self, modalities: Sequence[str]) -> float | dict[str, float]:
+        """Return ρ, or that of each of these modalities.
+
+        Raises
+        ------
+        ValueError
+            If one has none.
+        """
+        if not isinstance(self.rho, Mapping):
+            return self.rho
+        missing = [name for name in modalities if name not in self.rho]
+        if missing:
+            raise ValueError(
+                f"rho has no {missing[0]!r}, expected one number, or one for each of {', '.join(modalities)}"
+            )
+        return {name: self.rho[name] for name in modalities}
 
     @property
     def turn_lengths(self) -> list[int]:

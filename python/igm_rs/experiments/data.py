@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import re
@@ -12,25 +13,35 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .columns import Column, Reading
+
+if TYPE_CHECKING:
+    from .encoders import EncoderSpec
+    from .on_disk.survey import OnDisk
+
 __all__ = [
     "KINDS",
     "DataSet",
     "Split",
+    "check_reading",
     "describe",
     "expect",
+    "known_set",
     "load",
     "names",
+    "on_disk_of",
     "padded",
     "parts",
     "read",
     "register",
+    "register_on_disk",
     "run_file",
     "sets_of",
     "standardise",
@@ -66,8 +77,9 @@ class Split:
 
     Attributes
     ----------
-    inputs : mapping of str to Tensor
-        One tensor a modality, examples along dimension 0; for shapes and types see :attr:`DataSet.kinds`.
+    inputs : mapping of str to Tensor or Column
+        One a modality, examples along dimension 0; for shapes and types see :attr:`DataSet.kinds`. A column lies in
+        files and gives tensors when it is indexed.
     labels : Tensor
         int64, ``(n,)``, classes from 0.
     origins : Tensor
@@ -75,7 +87,7 @@ class Split:
         the title for ``openclipart``. No origin is in two splits.
     """
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor | Column]
     labels: Tensor
     origins: Tensor
 
@@ -97,11 +109,15 @@ class DataSet:
     kinds : mapping of str to str
         What each modality is: "vector" ``(n, d)``, "series" ``(n, channels, readings)``, "picture" ``(n, channels,
         height, width)``, all float32, or "title" ``(n, length)``, int64 ids of words and parts of words, 0 where a
-        title is shorter.
+        title is shorter. Sets that lie in files have others, see :class:`igm_rs.experiments.on_disk.survey.OnDisk`.
     class_names : tuple of str
         One a class.
     vocabulary : mapping of str to int
         For each modality of titles the number of ids, that of padding and that of unknown words among them.
+    encoders : mapping of str to EncoderSpec
+        Of the modalities whose encoder is the set's own; the others have one by their kind.
+    left_out : str
+        What was wrong with examples that were left out, counted, in words; "" for nothing.
     name, title, licence, source : str
         As given on the command line; as shown in tables and pictures; on what terms; from where. :func:`load` sets
         them to what the set was registered with.
@@ -116,6 +132,8 @@ class DataSet:
     kinds: Mapping[str, str]
     class_names: tuple[str, ...]
     vocabulary: Mapping[str, int]
+    encoders: Mapping[str, EncoderSpec] = field(default_factory=dict)
+    left_out: str = ""
     name: str = ""
     title: str = ""
     licence: str = ""
@@ -216,6 +234,62 @@ class DataSet:
             )
         named = tuple(map(str, range(classes) if class_names is None else class_names))
         return cls(classes, splits["train"], splits["validation"], splits["test"], kinds, named, vocabulary)
+
+    @classmethod
+    def stored(
+        cls,
+        splits: Mapping[str, Split],
+        *,
+        kinds: Mapping[str, str],
+        class_names: Sequence[str],
+        encoders: Mapping[str, EncoderSpec],
+        vocabulary: Mapping[str, int] | None = None,
+        left_out: str = "",
+        folder: Path | None = None,
+    ) -> DataSet:
+        """Return a set of splits that are ready: nothing is standardised, and files are read when they are asked for.
+
+        Parameters
+        ----------
+        splits : mapping of str to Split
+            "train", "validation" and "test".
+        kinds, class_names, encoders, vocabulary, left_out
+            See the attributes.
+        folder : Path, optional
+            Where it comes from, for messages.
+
+        Raises
+        ------
+        ValueError
+            If a split is empty or has an origin of another one, or there is no training example of a class.
+        """
+
+        def require(holds: Any, reason: str) -> None:
+            expect(bool(holds), folder, reason)
+
+        parts = [splits[part] for part in PARTS]
+        for part, split in zip(PARTS, parts, strict=True):
+            require(len(split), f"no example belongs to the {part} split")
+            for name, values in split.inputs.items():
+                require(len(values) == len(split), f"{name} of {part} has {len(values)} rows, not {len(split)}")
+        places = np.concatenate([split.origins.numpy() for split in parts])
+        ends = np.repeat(np.arange(len(PARTS)), [len(split) for split in parts])
+        _check_origins(places, {part: ends == at for at, part in enumerate(PARTS)}, require)
+        labels = torch.cat([split.labels for split in parts])
+        low, high, classes = int(labels.min()), int(labels.max()), len(class_names)
+        require(low >= 0 and high < classes, f"labels go from {low} to {high}, expected 0 to {classes - 1}")
+        absent = sorted(set(range(classes)) - set(parts[0].labels.tolist()))
+        names = ", ".join(class_names[label] for label in absent)
+        require(not absent, f"no training example belongs to {names}")
+        named = tuple(class_names)
+        train, validation, test = parts
+        words = dict(vocabulary or {})
+        return cls(classes, train, validation, test, kinds, named, words, dict(encoders), left_out)
+
+    @property
+    def in_files(self) -> bool:
+        """Whether a modality is read from files while training goes on."""
+        return any(isinstance(values, Column) for values in self.train.inputs.values())
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -349,24 +423,34 @@ def padded(rows: Sequence[Sequence[int]], length: int) -> Tensor:
     return out
 
 
-Loader = Callable[[Path], DataSet]
+Loader = Callable[..., DataSet]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered set: how it is read, what is said about it, and where its files are looked for."""
+    """A registered set: how it is read, what is said about it, and where its files are looked for.
+
+    `networks` are those of :data:`igm_rs.experiments.columns.NETWORKS` that it knows; `folder` is None where the user
+    has to say one; `on_disk` is then where what is known about the folder is imported from, as "module:name": the
+    packages that decode are not needed before.
+    """
 
     loader: Loader
     title: str
     licence: str
     source: str
     baselines: Mapping[str, float]
-    folder: Path
+    folder: Path | None
     defined: Path
+    networks: tuple[str, ...] = ("default",)
+    on_disk: str | None = None
 
 
-OURS = Path(__file__).resolve().with_name("sets.py")
-"""The file that registers what comes with the package."""
+OURS = (
+    Path(__file__).resolve().with_name("sets.py"),
+    Path(__file__).resolve().parent / "on_disk" / "registered.py",
+)
+"""The files that register what comes with the package."""
 
 _SETS: dict[str, Entry] = {}
 
@@ -379,6 +463,7 @@ def register(
     source: str,
     baselines: Mapping[str, float] | None = None,
     folder: Path | None = None,
+    networks: Sequence[str] = ("default",),
 ) -> Callable[[Loader], Loader]:
     """Return a decorator that makes a data set known by its name.
 
@@ -398,6 +483,9 @@ def register(
     folder : Path, optional
         Where the files are looked for unless :func:`load` is told a folder; by default that of the function's file,
         or the working directory where there is no file, as in a notebook.
+    networks : sequence of str
+        Those of :data:`igm_rs.experiments.columns.NETWORKS` that the set can be read for. With any beside "default" the
+        function takes a :class:`igm_rs.experiments.columns.Reading` after the folder.
 
     Raises
     ------
@@ -414,16 +502,28 @@ def register(
         if code is None:
             raise TypeError(f"data set {name!r} is registered with a {type(loader).__name__}, expected a function")
         defined = Path(code.co_filename).resolve()
-        if defined != OURS:
+        if defined not in OURS:
             names()  # ours come first
         files = {defined, *([_SETS[name].defined] if name in _SETS else [])}
-        if len(files) > 1 and OURS in files:
+        if len(files) > 1 and files & set(OURS):
             raise ValueError(f"data set {name!r} comes with the package, expected another name")
         home = defined.parent if defined.is_file() else Path()
-        _SETS[name] = Entry(loader, title, licence, source, dict(baselines or {}), folder or home, defined)
+        known = dict(baselines or {})
+        _SETS[name] = Entry(loader, title, licence, source, known, folder or home, defined, tuple(networks))
         return loader
 
     return keep
+
+
+def register_on_disk(
+    name: str, where: str, *, title: str, licence: str, source: str, networks: Sequence[str], defined: Path
+) -> None:
+    """Make a set known that lies in a folder of the user's, by where its ``OnDisk`` is imported from."""
+
+    def loader(folder: Path, reading: Reading) -> DataSet:
+        return on_disk_of(name).load(folder, reading)
+
+    _SETS[name] = Entry(loader, title, licence, source, {}, None, defined, tuple(networks), where)
 
 
 def run_file(file: Path) -> None:
@@ -460,12 +560,13 @@ def sets_of(file: Path) -> list[str]:
 def names() -> list[str]:
     """Return the names of all data sets, ours first."""
     from . import sets  # noqa: F401  # registers ours
+    from .on_disk import registered  # noqa: F401
 
-    ours = [name for name, entry in _SETS.items() if entry.defined == OURS]
+    ours = [name for file in OURS for name, entry in _SETS.items() if entry.defined == file]
     return ours + [name for name in _SETS if name not in ours]
 
 
-def load(name: str, folder: Path | None = None) -> DataSet:
+def load(name: str, folder: Path | None = None, reading: Reading | None = None) -> DataSet:
     """Read a data set and split it.
 
     Parameters
@@ -474,7 +575,9 @@ def load(name: str, folder: Path | None = None) -> DataSet:
         One of :func:`names`.
     folder : Path, optional
         Where its files lie; by default the archives that come with the package, for a set of the user's the folder of
-        the file that registers it.
+        the file that registers it. The paper's sets must be given one.
+    reading : Reading, optional
+        For which network, and what is done about faults; by default for the set's own, and faults are errors.
 
     Raises
     ------
@@ -483,16 +586,65 @@ def load(name: str, folder: Path | None = None) -> DataSet:
     TypeError
         If the registered function returns no :class:`DataSet`.
     ValueError
-        If `name` is unknown, or a file is damaged or is another one: names the file and the reason.
+        If `name` is unknown, the set is not for that network, has no folder, or a file is damaged or is another one:
+        names the file and the reason.
     """
-    entry = _entry(name)
-    found = entry.loader(entry.folder if folder is None else folder)
+    entry = known_set(name)
+    reading = Reading() if reading is None else reading
+    place = entry.folder if folder is None else folder
+    if place is None:
+        raise ValueError(f"data is {name!r} without a folder, expected --data-root FOLDER, where its files lie")
+    check_reading(name, reading)
+    found = entry.loader(place) if entry.networks == ("default",) else entry.loader(place, reading)
     if not isinstance(found, DataSet):
         raise TypeError(
             f"the function that {entry.defined} registers as {name!r} returned a {type(found).__name__}, "
             "expected a DataSet"
         )
     return replace(found, name=name, title=entry.title, licence=entry.licence, source=entry.source)
+
+
+def check_reading(name: str, reading: Reading) -> None:
+    """Refuse what a set has no use for.
+
+    Raises
+    ------
+    ValueError
+        Names the option, its value and what was expected.
+    """
+    entry = known_set(name)
+    if reading.network not in entry.networks:
+        raise ValueError(f"network is {reading.network!r}, expected one of {', '.join(entry.networks)} for {name}")
+    if entry.on_disk is not None:
+        known = on_disk_of(name).modalities if reading.weights else ()
+        for modality in reading.weights:
+            if modality not in known:
+                raise ValueError(f"weights names {modality!r}, expected some of {', '.join(known)} for {name}")
+        return
+    for option, given in {
+        "weights": reading.weights,
+        "skip_broken": reading.skip_broken,
+        "speakers": reading.speakers != "apart",
+    }.items():
+        if given:
+            raise ValueError(f"{option} is given, expected none for {name}: it is no set in a folder of the user's")
+
+
+def on_disk_of(name: str) -> OnDisk:
+    """Return what is known about the folder of one of the paper's sets.
+
+    Raises
+    ------
+    ValueError
+        If `name` is none of them.
+    """
+    where = known_set(name).on_disk
+    if where is None:
+        known = ", ".join(each for each in names() if _SETS[each].on_disk is not None)
+        raise ValueError(f"data set is {name!r}, expected one that lies in a folder: {known}")
+    module, _, attribute = where.partition(":")
+    found: OnDisk = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def describe(name: str, folder: Path | None = None) -> dict[str, Any]:
@@ -506,7 +658,7 @@ def describe(name: str, folder: Path | None = None) -> dict[str, Any]:
         ``modalities``, for each its ``kind``, the ``shape`` of an example and, of titles, the size of the
         ``vocabulary``; ``baselines``, test accuracies of plain training.
     """
-    entry, found = _entry(name), load(name, folder)
+    entry, found = known_set(name), load(name, folder)
     counts = found.train.labels.bincount(minlength=found.classes).tolist()
     return {
         "name": name,
@@ -526,7 +678,14 @@ def describe(name: str, folder: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _entry(name: str) -> Entry:
+def known_set(name: str) -> Entry:
+    """Return what was registered under a name.
+
+    Raises
+    ------
+    ValueError
+        If nothing was.
+    """
     known = names()
     if name not in known:
         raise ValueError(f"data set is {name!r}, expected one of {', '.join(known)}")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-import os
 import signal
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -23,16 +21,15 @@ from tqdm import tqdm
 import igm_rs
 from igm_rs import analysis
 from igm_rs.analysis.drawing import save_figure
-from igm_rs.analysis.sweeps import LOST
 
 from .configuration import Config
 from .data import DataSet
+from .feeding import Means, batch_stream
 from .methods import Row
-from .networks import Branches
 from .page import FIGURES
-from .running import Job, Source, provenance, run_all, tune, watched
+from .running import Job, Source, provenance, run_all, tune, watched, without_warning_of_rho
 from .tables import PAPER_WARNING
-from .training import Training, batch_stream, take_step
+from .training import Training
 
 __all__ = ["SEEDS", "figure"]
 
@@ -166,7 +163,7 @@ def figure(
     """
     if name not in MAKERS:
         raise ValueError(f"figure is {name!r}, expected one of {', '.join(MAKERS)}")
-    data = source.load(config.data).without_test()
+    data = source.of(config).without_test()
     if len(data.modalities) < 2:
         raise ValueError(f"data is {config.data!r} with one modality, expected two or more to compare methods")
     config = replace(config, seeds=SEEDS[name] if seeds is None else seeds)
@@ -213,8 +210,8 @@ class Task:
 
     def training(self, kind: type[OneTraining]) -> OneTraining:
         """Return the training, not begun; it has no test split, which no figure but 3 looks at."""
-        data = self.source.load(self.config.data).without_test()
-        return kind(data, self.row, self.config, self.learning_rate, self.seed)
+        data = self.source.of(self.config).without_test()
+        return kind(data, self.row, self.config, self.learning_rate, self.seed, self.source.means)
 
 
 def _all(
@@ -262,15 +259,6 @@ def _prepare() -> None:
     torch.set_num_threads(1)
 
 
-def _losses(model: Branches, names: Sequence[str], inputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Any]:
-    """Return for each modality what computes its branch's loss on these examples."""
-
-    def of(name: str) -> Callable[[], Tensor]:
-        return lambda: cross_entropy(model.branch(name, inputs[name]), labels)
-
-    return {name: of(name) for name in names}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Figure 1
 
@@ -278,17 +266,24 @@ def _losses(model: Branches, names: Sequence[str], inputs: Mapping[str, Tensor],
 class Watched(Training):
     """A training whose gradients are looked at, in every so many steps."""
 
-    def __init__(self, data: DataSet, row: Row, config: Config, learning_rate: float, seed: int) -> None:
-        super().__init__(data, row, config, learning_rate, seed)
+    def __init__(
+        self, data: DataSet, row: Row, config: Config, learning_rate: float, seed: int, means: Means | None = None
+    ) -> None:
+        super().__init__(data, row, config, learning_rate, seed, means)
         assert isinstance(self.optimizer, igm_rs.IGMOptimizer), "every method of Figure 1 has one"
         self.watch = analysis.CosineWatch(self.model, self.optimizer, every=WATCHED)
 
-    def step_on(self, active: tuple[str, ...], chosen: Tensor) -> Tensor:
-        """Take a step, looked at now and then."""
-        split = self.data.train
-        inputs = {name: values[chosen] for name, values in split.inputs.items()}
-        with self.watch.step(_losses(self.model, self.row.modalities, inputs, split.labels[chosen])):
-            return super().step_on(active, chosen)
+    def step_on(self, active: tuple[str, ...], chosen: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Take a step, looked at now and then; what is not active is looked at without random crops and the like."""
+
+        def of(name: str) -> Callable[[], Tensor]:
+            return lambda: cross_entropy(
+                self.model.branch(name, inputs[name] if name in inputs else self.examples(name, chosen)),
+                self.labels(chosen),
+            )
+
+        with self.watch.step({name: of(name) for name in self.row.modalities}):
+            return super().step_on(active, chosen, inputs)
 
 
 def _cosines(task: Task) -> analysis.Cosines:
@@ -342,7 +337,7 @@ def _figure_3(order: Order) -> Made:
     }
     different = list(dict.fromkeys(rows.values()))
     jobs = [Job(order.config, row, seed, rate, True) for row in different for seed in order.config.final_seeds]
-    with _without_warning_of_rho():
+    with without_warning_of_rho():
         records = run_all(jobs, order.out, order.workers, "figure 3: sweeps", resume=order.resume, source=order.source)
     count = order.config.seeds
     by_row = {row: records[at * count : (at + 1) * count] for at, row in enumerate(different)}
@@ -373,22 +368,6 @@ def _figure_3(order: Order) -> Made:
     return Made((12.5, 4.5), paint, numbers, caption)
 
 
-@contextmanager
-def _without_warning_of_rho() -> Iterator[None]:
-    """Keep quiet, here and in new processes, that a ρ is lost in rounding: the figure is there to show it."""
-    before = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:rho =:UserWarning"]))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=LOST)
-            yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = before
-
-
 def _sweep(parameter: str, runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> analysis.Sweep:
     """Return stored runs as a sweep."""
     return analysis.Sweep(
@@ -412,15 +391,14 @@ def _sweep(parameter: str, runs: Mapping[float, Sequence[Mapping[str, Any]]]) ->
 def _surface(task: Task) -> analysis.LossSurface:
     training = task.training(Training)
     training.run()
-    split, names = training.data.train, training.row.modalities
-    chosen = _shown_examples(len(split))
-    inputs = {name: values[chosen] for name, values in split.inputs.items()}
-    losses = _losses(training.model, names, inputs, split.labels[chosen])
+    chosen = _shown_examples(len(training.data.train))
+    model, labels = training.model, training.labels(chosen)
+    inputs = {name: training.examples(name, chosen) for name in training.row.modalities}
 
     def loss() -> Tensor:
-        return torch.stack([each() for each in losses.values()]).mean()
+        return torch.stack([cross_entropy(model.branch(name, inputs[name]), labels) for name in inputs]).mean()
 
-    return analysis.loss_surface(training.model, loss, points=POINTS, progress=False)
+    return analysis.loss_surface(model, loss, points=POINTS, progress=False)
 
 
 def _shown_examples(count: int) -> Tensor:
@@ -466,7 +444,7 @@ def _spectra(task: Task) -> analysis.LayerSpectra:
         with gatherer.collect(name), torch.no_grad():
             batches = batch_stream(len(split), task.config.batch_size, task.seed)  # shuffled, as in training
             for _ in range(max(1, len(split) // task.config.batch_size)):
-                model.branch(name, split.inputs[name][next(batches)])
+                model.branch(name, split.inputs[name][next(batches)].to(model.device))
     return analysis.layer_spectra(gatherer)
 
 
@@ -506,7 +484,8 @@ def _rounds(training: Training) -> Callable[[], None]:
                 for active in turn.stretches[0].steps:
                     for name in active:
                         chosen = next(streams[name])
-                    take_step(training.model, optimizer, active, chosen, split)
+                    inputs = {name: split.inputs[name][chosen].to(training.model.device) for name in active}
+                    training.step_on(active, chosen, inputs)
 
     return one
 
@@ -514,7 +493,10 @@ def _rounds(training: Training) -> Callable[[], None]:
 def _figure_5c(order: Order) -> Made:
     config = order.config
     rate = config.rates[0] if config.learning_rate is None else config.learning_rate
-    trainings = {row.label: Training(order.data, row, config, rate, config.first_seed) for row in map(order.row, TIMED)}
+    means = order.source.means
+    trainings = {
+        row.label: Training(order.data, row, config, rate, config.first_seed, means) for row in map(order.row, TIMED)
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -37,12 +37,12 @@ try:
 
     from .data import DataSet, load
     from .evaluation import accuracy
+    from .feeding import batch_stream
     from .grids import markdown
     from .running import cores, count
     from .sets import ARCHIVES
     from .statistics import half_width
     from .store import versions
-    from .training import batch_stream
 except ModuleNotFoundError as missing:
     sys.exit(what_to_install(missing))
 

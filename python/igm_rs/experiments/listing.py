@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .data import describe, names
+from .data import describe, known_set, names
 from .methods import METHODS
 from .page import FIGURES
-from .plans import ONE_SIDED, TABLES
+from .plans import ONE_SIDED, RELEASED, TABLES
 
 __all__ = ["listing"]
 
@@ -26,6 +26,7 @@ def listing(folder: Path | None = None) -> str:
     parts = ["Data sets (--data)", *(_data_set(name, folder) for name in names())]
     methods = {key: method.label.format("a modality") for key, method in METHODS.items()}
     methods[ONE_SIDED] += ", with --sources; the rows of table 3"
+    methods[RELEASED] += ", with --released; the rows of table 5"
     parts.append(_block("Methods (--method)", methods))
     parts.append(_block("Tables (igm-rs table NUMBER)", {str(number): shows for number, shows in TABLES.items()}))
     parts.append(_block("Figures (igm-rs figure NAME)", FIGURES))
@@ -40,6 +41,8 @@ def _block(title: str, lines: Mapping[str, str]) -> str:
 
 def _data_set(name: str, folder: Path | None) -> str:
     """What there is to know about a data set."""
+    if known_set(name).folder is None:  # listed as what it is; igm-rs data check looks into its folder
+        return _in_a_folder(name)
     try:
         told = describe(name, folder)
     except (OSError, ValueError, TypeError) as error:
@@ -54,6 +57,19 @@ def _data_set(name: str, folder: Path | None) -> str:
         "baselines": ", ".join(_baselines(told)),
         "licence": told["licence"],
         "source": told["source"],
+    }
+    return _block(f"  {name}", {f"  {word}": text for word, text in lines.items()})
+
+
+def _in_a_folder(name: str) -> str:
+    """What there is to know about a data set that the user has in a folder."""
+    entry = known_set(name)
+    lines = {
+        "title": entry.title,
+        "examples": "in a folder of yours: --data-root FOLDER; igm-rs data check looks into it",
+        "networks": ", ".join(entry.networks),
+        "licence": entry.licence,
+        "source": entry.source,
     }
     return _block(f"  {name}", {f"  {word}": text for word, text in lines.items()})
 

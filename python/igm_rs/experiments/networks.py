@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .columns import Column
 from .data import PADDING, DataSet
 
 __all__ = [
     "FEATURES",
     "Branches",
     "DenseEncoder",
+    "Frozen",
     "Head",
     "PictureEncoder",
     "SeriesEncoder",
     "TitleEncoder",
+    "frozen",
     "three_layer_head",
     "trunk",
 ]
 
 FEATURES = 64
-"""Size d of every encoder's output, so that one head can serve all modalities."""
+"""Size d of the output of every encoder here, so that one head can serve all modalities."""
+
+AT_ONCE = 64
+"""Examples of a column that are decoded and measured at a time."""
 
 READINGS = 4
 """The shortest series that :class:`SeriesEncoder` takes."""
@@ -128,9 +134,33 @@ def three_layer_head(classes: int, size: int = FEATURES) -> nn.Sequential:
     return nn.Sequential(nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 64), nn.Linear(64, classes))
 
 
-def trunk() -> nn.Sequential:
-    """Return what all modalities may share: two dense layers, features ``(n, 64)`` to ``(n, 64)``."""
-    return nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.ReLU(), nn.Linear(FEATURES, FEATURES), nn.ReLU())
+def trunk(size: int = FEATURES) -> nn.Sequential:
+    """Return what all modalities may share: two dense layers, features ``(n, size)`` to ``(n, size)``."""
+    return nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU())
+
+
+class Frozen(nn.Module):
+    """An encoder that is left as it is: no gradients, always in evaluation mode, as it came."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Switch the mode, which changes nothing."""
+        self.training = mode
+        return self
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the encoder's features."""
+        features: Tensor = self.encoder(inputs)
+        return features
+
+
+def frozen(make: Callable[[], nn.Module]) -> Frozen:
+    """Return what `make` gives, frozen; for ``functools.partial``."""
+    return Frozen(make())
 
 
 class Branches(nn.Module):
@@ -139,7 +169,7 @@ class Branches(nn.Module):
     Attributes
     ----------
     encoders : ModuleDict
-        By modality, all to ``(n, 64)``.
+        By modality, to ``(n, d)``: d = 64, or as the set's own encoders have it.
     heads : ModuleDict
         By modality; empty where there is one head for all.
     head : Module or None
@@ -148,6 +178,9 @@ class Branches(nn.Module):
         What all modalities share between encoder and head.
     joined : bool
         Whether the head takes the features of all modalities at once.
+    narrow : ModuleDict
+        By modality, a layer that makes an encoder's features as wide as the others' (text-image: 1000 to 768). Heads of
+        their own begin with it; where modalities share something it stands between the encoder and that.
     """
 
     def __init__(
@@ -157,9 +190,11 @@ class Branches(nn.Module):
         head: nn.Module | None,
         trunk: nn.Module | None,
         joined: bool,
+        narrow: nn.ModuleDict | None = None,
     ) -> None:
         super().__init__()
         self.encoders, self.heads, self.head, self.trunk = encoders, heads, head, trunk
+        self.narrow = nn.ModuleDict() if narrow is None else narrow
         self.joined = joined
 
     @classmethod
@@ -189,25 +224,31 @@ class Branches(nn.Module):
         for name in modalities:
             if name not in data.modalities:
                 raise ValueError(f"modality is {name!r}, expected one of {', '.join(data.modalities)}")
-        encoders, heads = nn.ModuleDict(), nn.ModuleDict()
+        encoders, heads, narrow = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         common: nn.Module | None = None
         between: nn.Module | None = None
+        width = _common_width(data, modalities) if head != "own" else 0
         with torch.random.fork_rng(devices=[]):
             for name in modalities:
                 torch.manual_seed(1000 * seed + data.modalities.index(name))
                 encoders[name] = _encoder(data, name)
+                given, narrowed = _widths(data, name)
                 if head == "own":
-                    heads[name] = three_layer_head(data.classes)
-                elif head == "trunk":
-                    heads[name] = nn.Linear(FEATURES, data.classes)
+                    made = three_layer_head(data.classes, narrowed)
+                    heads[name] = made if narrowed == given else nn.Sequential(nn.Linear(given, narrowed), *made)
+                    continue
+                if narrowed != given:
+                    narrow[name] = nn.Linear(given, narrowed)
+                if head == "trunk":
+                    heads[name] = nn.Linear(width, data.classes)
             torch.manual_seed(1000 * seed + len(data.modalities))
             if head == "shared":
-                common = nn.Linear(FEATURES, data.classes)
+                common = nn.Linear(width, data.classes)
             elif head == "concat":
-                common = three_layer_head(data.classes, FEATURES * len(modalities))
+                common = three_layer_head(data.classes, width * len(modalities))
             elif head == "trunk":
-                between = trunk()
-        return cls(encoders, heads, common, between, head == "concat")
+                between = trunk(width)
+        return cls(encoders, heads, common, between, head == "concat", narrow)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -220,12 +261,18 @@ class Branches(nn.Module):
 
     def parts_of(self, modality: str) -> list[nn.Module]:
         """Return everything that a step of this modality trains, from the input to the output."""
-        parts = (self.encoders[modality], self.trunk, self.head_of(modality))
+        narrow = self.narrow[modality] if modality in self.narrow else None  # noqa: SIM401  # no get
+        parts = (self.encoders[modality], narrow, self.trunk, self.head_of(modality))
         return [part for part in parts if part is not None]
+
+    def features(self, modality: str, inputs: Tensor) -> Tensor:
+        """Return what the head of one modality gets, but for a trunk: ``(n, d)``."""
+        features: Tensor = self.encoders[modality](inputs)
+        return self.narrow[modality](features) if modality in self.narrow else features
 
     def branch(self, modality: str, inputs: Tensor) -> Tensor:
         """Return the logits ``(n, c)`` of one modality; a joined head is given zeros for the other features."""
-        features = self.encoders[modality](inputs)
+        features = self.features(modality, inputs)
         if self.joined:
             none = torch.zeros_like(features)
             features = torch.cat([features if name == modality else none for name in self.encoders], -1)
@@ -237,24 +284,66 @@ class Branches(nn.Module):
     def joint(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the logits ``(n, c)`` of all modalities: of a joined head its own, else the sum of the branches'."""
         if self.joined and self.head is not None:
-            logits: Tensor = self.head(torch.cat([self.encoders[name](inputs[name]) for name in self.encoders], -1))
+            logits: Tensor = self.head(torch.cat([self.features(name, inputs[name]) for name in self.encoders], -1))
             return logits
         return torch.stack([self.branch(name, inputs[name]) for name in self.encoders]).sum(0)
 
     @torch.no_grad()
-    def logits(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the logits ``(n, c)`` of every modality, without gradients and in evaluation mode."""
+    def logits(self, inputs: Mapping[str, Tensor | Column]) -> dict[str, Tensor]:
+        """Return the logits ``(n, c)`` of every modality, without gradients, in evaluation mode, on the CPU.
+
+        What lies in files is decoded a part at a time, and an example counts for all the same whatever it stands with.
+        """
         with _evaluated(self):
-            return {name: self.branch(name, inputs[name]) for name in self.encoders}
+            parts = [{name: self.branch(name, own[name]) for name in self.encoders} for own in self._portions(inputs)]
+        return {name: torch.cat([part[name].cpu() for part in parts]) for name in self.encoders}
 
     @torch.no_grad()
-    def joint_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return what :meth:`joint` does, without gradients and in evaluation mode."""
+    def joint_logits(self, inputs: Mapping[str, Tensor | Column]) -> Tensor:
+        """Return what :meth:`joint` does, without gradients, in evaluation mode, on the CPU."""
         with _evaluated(self):
-            return self.joint(inputs)
+            return torch.cat([self.joint(own).cpu() for own in self._portions(inputs)])
+
+    def _portions(self, inputs: Mapping[str, Tensor | Column]) -> Iterator[dict[str, Tensor]]:
+        """Yield the examples on the network's device: all at once, or of columns so many at a time."""
+        own = {name: inputs[name] for name in self.encoders}
+        count = len(next(iter(own.values())))
+        size = AT_ONCE if any(isinstance(values, Column) for values in own.values()) else count
+        for start in range(0, count, size):
+            yield {name: values[start : start + size].to(self.device) for name, values in own.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+
+def _widths(data: DataSet, modality: str) -> tuple[int, int]:
+    """Return the width of an encoder's features, and what its head narrows them to, which may be the same."""
+    if modality not in data.encoders:
+        return FEATURES, FEATURES
+    spec = data.encoders[modality]
+    return spec.width, spec.width if spec.narrowed is None else spec.narrowed
+
+
+def _common_width(data: DataSet, modalities: Sequence[str]) -> int:
+    """Return the width that features have where modalities share something.
+
+    Raises
+    ------
+    ValueError
+        If it is not one.
+    """
+    widths = {name: _widths(data, name)[1] for name in modalities}
+    if len(set(widths.values())) > 1:
+        said = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise ValueError(f"features are of unlike widths ({said}), expected one to share a head or a trunk")
+    return next(iter(widths.values()))
 
 
 def _encoder(data: DataSet, modality: str) -> nn.Module:
+    if modality in data.encoders:
+        return data.encoders[modality].make()
     kind = data.kinds[modality]
     if kind == "title":
         return TitleEncoder(data.vocabulary[modality])

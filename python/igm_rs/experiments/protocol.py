@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .configuration import Config
 from .training import CHOSEN_BY
 
@@ -46,9 +48,19 @@ def protocol(config: Config, workers: int) -> list[str]:
         if config.scope is None
         else f"the layers of each modality that hold {config.scope:.0%} of its parameters, counted from the output"
     )
+    rho = (
+        ", ".join(f"{value:g} ({name})" for name, value in config.rho.items())
+        if isinstance(config.rho, Mapping)
+        else f"{config.rho:g}"
+    )
+    rates = (
+        "on half a cosine"
+        if config.schedule == "cosine"
+        else f"divided by 10 after {config.patience} rounds without a smaller training loss"
+    )
     methods = (
-        f"Methods: {under} and weight decay {config.weight_decay:g}, learning rate on half a cosine; turns of "
-        f"{config.turn_steps} batches; SAM with ρ = {config.rho:g}; flat modification with τ = {config.tau:g} in "
+        f"Methods: {under} and weight decay {config.weight_decay:g}, learning rate {rates}; turns of "
+        f"{config.turn_steps} batches; SAM with ρ = {rho}; flat modification with τ = {config.tau:g} in "
         f"{projected}; MLA with one linear head for all modalities, which take each batch one after another, and the "
         f"recursion of its paper for the orthogonal projection, kept for the whole training (α = {config.alpha:g}). "
         "Shared trunk: two layers that all modalities share, trained one modality after another in a single long turn "

@@ -8,11 +8,13 @@ import gc
 import io
 import json
 import multiprocessing
+import os
 import queue as queues
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,9 +28,13 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from igm_rs.analysis.sweeps import LOST
+
+from .columns import Reading
 from .configuration import Config, cores, count
-from .data import DataSet, load
+from .data import DataSet, known_set, load
 from .evaluation import JOINT, evaluate, of_fusion
+from .feeding import Means
 from .methods import Row
 from .registering import register_files
 from .store import (
@@ -66,13 +72,21 @@ __all__ = [
     "tune",
     "versions",
     "watched",
+    "without_warning_of_rho",
 ]
 
 SAVE_EVERY = 10.0
 """Seconds between two savings of an unfinished run, so that a power cut costs no more; an interrupt saves at once."""
 
+SAVE_SHARE = 50.0
+"""How much longer than a saving itself the training before it lasts, so that large networks are saved less often."""
+
 NOT_OF_A_RUN = ("rates", "tuning_seeds", "first_seed", "seeds", "learning_rate")
 """Values of the configuration that say which runs there are; one run does not depend on them."""
+
+
+AS_IT_IS = Reading()
+HERE = Means()
 
 
 class ProcessLostError(RuntimeError):
@@ -162,7 +176,7 @@ def _user_code(row: Row) -> list[str]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where data sets and methods come from, beside the package: told to every process.
+    """Where data sets and methods come from, beside the package, and what computes: told to every process.
 
     Attributes
     ----------
@@ -170,25 +184,51 @@ class Source:
         Of the data set's files, see :func:`igm_rs.experiments.data.load`.
     register : tuple of Path
         Python files that register data sets or methods.
+    reading : Reading
+        How a set in a folder of the user's is read; its network is that of the configuration.
+    means : Means
+        Device, and processes that decode.
     """
 
     folder: Path | None = None
     register: tuple[Path, ...] = ()
+    reading: Reading = AS_IT_IS
+    means: Means = HERE
 
-    def load(self, name: str) -> DataSet:
-        """Read a data set, once a process."""
+    def load(self, name: str, network: str = "default") -> DataSet:
+        """Read a data set for a network, once a process."""
         register_files(self.register)
-        return _loaded(name, self.folder)
+        return _loaded(name, self.folder, replace(self.reading, network=network))
+
+    def known(self, name: str) -> None:
+        """Refuse a name that no set has.
+
+        Raises
+        ------
+        ValueError
+            If none has it.
+        """
+        register_files(self.register)
+        known_set(name)
+
+    def of(self, config: Config) -> DataSet:
+        """Return the data set of a configuration."""
+        return self.load(config.data, config.network)
+
+    def digest(self, config: Config) -> str:
+        """Return the hash of what a training sees of it."""
+        register_files(self.register)
+        return _digest(config.data, self.folder, replace(self.reading, network=config.network))
 
 
 @cache
-def _loaded(name: str, folder: Path | None) -> DataSet:
-    return load(name, folder)
+def _loaded(name: str, folder: Path | None, reading: Reading) -> DataSet:
+    return load(name, folder, reading)
 
 
 @cache
-def _digest(name: str, folder: Path | None) -> str:
-    return data_digest(_loaded(name, folder))
+def _digest(name: str, folder: Path | None, reading: Reading) -> str:
+    return data_digest(_loaded(name, folder, reading))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,6 +246,7 @@ def run_job(
     *,
     resume: bool = False,
     made_by: Mapping[str, Any] | None = None,
+    means: Means | None = None,
 ) -> RunRecord | None:
     """Do one run, keep its record, and if it is a final one, measure it on the test split.
 
@@ -225,6 +266,8 @@ def run_job(
         Whether a saved run is continued. It begins anew otherwise.
     made_by : mapping, optional
         What :func:`provenance` says, where another process has asked already.
+    means : Means, optional
+        Device, and processes that decode; the CPU, and none, by default.
 
     Returns
     -------
@@ -240,7 +283,7 @@ def run_job(
     checkpoint = folder / "checkpoint.pt"
     held = begin_memory()
     visible = data if job.final else data.without_test()
-    training = Training(visible, job.row, job.config, job.learning_rate, job.seed)
+    training = Training(visible, job.row, job.config, job.learning_rate, job.seed, means)
     before: dict[str, Any] = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": 0.0}
     if resume and checkpoint.is_file():
         before = _load(checkpoint, training)
@@ -251,13 +294,15 @@ def run_job(
         spent = before["seconds"] + time.perf_counter() - began
         _save(checkpoint, training, {**before, "seconds": spent})
 
-    saved = began
+    saved, cost = began, 0.0
 
     def save_now_and_then() -> None:
-        nonlocal saved
-        if time.perf_counter() - saved > SAVE_EVERY and training.done < training.total:
+        nonlocal saved, cost
+        now = time.perf_counter()
+        if now - saved > max(SAVE_EVERY, SAVE_SHARE * cost) and training.done < training.total:
             save()
             saved = time.perf_counter()
+            cost = saved - now
 
     with _log(folder, training.done) as note:
 
@@ -321,6 +366,7 @@ def _record(
         "config": training.config.plain(),
         "versions": made_by["versions"],
         "revision": made_by["revision"],
+        "device": training.means.device,
         "digests": {
             "data": data_digest(data),
             "test": split_digest(replace(data).open_test()) if job.final else None,
@@ -387,7 +433,7 @@ def _save(path: Path, training: Training, before: Mapping[str, Any]) -> None:
 def _load(path: Path, training: Training) -> dict[str, Any]:
     """Take up an unfinished run and return when it was started and how long it ran."""
     try:
-        kept = torch.load(path, weights_only=True)
+        kept = torch.load(path, map_location="cpu", weights_only=True)
         training.load_state(kept["training"])
         return {"started": kept["started"], "seconds": kept["seconds"]}
     except Exception as error:
@@ -461,11 +507,10 @@ def run_all(
         If a process dies, for instance for want of memory.
     """
     unique = list(dict.fromkeys(jobs))
-    sets = {job.config.data: source.load(job.config.data) for job in unique}
-    folders = {job: job.folder(out, _digest(job.config.data, source.folder)) for job in unique}
+    folders = {job: job.folder(out, source.digest(job.row.config(job.config))) for job in unique}
     records: dict[Job, RunRecord] = {}
     for job in unique:
-        found = read_record(folders[job], sets[job.config.data] if job.final else None)
+        found = read_record(folders[job], source.of(job.row.config(job.config)) if job.final else None)
         if found is not None:
             records[job] = found
     left = [job for job in unique if job not in records]
@@ -506,6 +551,22 @@ def run_all(
     return [records[job] for job in jobs]
 
 
+@contextmanager
+def without_warning_of_rho() -> Iterator[None]:
+    """Keep quiet, here and in new processes, that a ρ is lost in rounding: the figure or table is there to show it."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [before, "ignore:rho =:UserWarning"]))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=LOST)
+            yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
+
+
 @dataclass(frozen=True)
 class _Task:
     """A job as a process gets it."""
@@ -517,8 +578,9 @@ class _Task:
     made_by: Mapping[str, Any]
 
     def do(self, tell: Tell, stop: Callable[[], bool]) -> RunRecord | None:
-        data = replace(self.source.load(self.job.config.data), test_openings=0)
-        return run_job(self.job, data, self.folder, tell, stop, resume=self.resume, made_by=self.made_by)
+        data = replace(self.source.of(self.job.row.config(self.job.config)), test_openings=0)
+        means = self.source.means
+        return run_job(self.job, data, self.folder, tell, stop, resume=self.resume, made_by=self.made_by, means=means)
 
 
 @contextmanager

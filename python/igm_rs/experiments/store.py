@@ -22,6 +22,7 @@ import torch
 
 import igm_rs
 
+from .columns import Column
 from .data import DataSet, Split
 
 __all__ = [
@@ -89,9 +90,12 @@ def _bare(source: str) -> str:
 
 
 def split_digest(split: Split) -> str:
-    """Return a hash of a split's tensors."""
+    """Return a hash of a split's tensors, and of what its columns depend on."""
     found = hashlib.sha256()
     for name, values in (*split.inputs.items(), ("labels", split.labels), ("origins", split.origins)):
+        if isinstance(values, Column):
+            found.update("\n".join([name, str(values.shape), *values.digest_lines()]).encode())
+            continue
         found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         found.update(values.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
@@ -100,6 +104,7 @@ def split_digest(split: Split) -> str:
 def data_digest(data: DataSet) -> str:
     """Return a hash of what a training sees of a data set; the test split stays shut."""
     parts = [data.name, str(data.classes), str(dict(data.kinds)), str(dict(data.vocabulary))]
+    parts += [f"{name}: {spec.width} {spec.narrowed} {spec.digest}" for name, spec in data.encoders.items()]
     parts += [split_digest(data.train), split_digest(data.validation)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -12,20 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import igm_rs
 
+from .columns import Column
 from .configuration import Config
-from .data import DataSet, Split
+from .data import DataSet
 from .evaluation import Watched, of_fusion, watched
+from .feeding import Means, batch_stream, feed
 from .methods import Row
 from .networks import Branches
 
-__all__ = ["CHOSEN_BY", "Progress", "Stopped", "Trained", "Training", "batch_stream", "turns_of"]
+__all__ = ["CHOSEN_BY", "Progress", "Stopped", "Trained", "Training", "turns_of"]
 
 CHOSEN_BY = "sum"
 """The fusion whose accuracy by origin chooses round and learning rate: the sum of logits, which joint training
 optimises. A modality alone and a joint head have one prediction, which stands for all fusions."""
+
+TELL_EVERY = 2.0
+"""Seconds between two reports of a long stretch, and two occasions to save it."""
 
 Active = tuple[str, ...]
 """The modalities that one optimizer step moves."""
@@ -105,20 +111,6 @@ class Trained:
     kept: float | None
     effective_perturbation: float | None
     projected_share: float | None
-
-
-def batch_stream(examples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield the indices of one batch after another for ever, in a new order each pass; a short last batch is left out.
-
-    Every modality of a run draws from a stream of its own with the run's seed: its i-th gradient step sees the same
-    examples whatever the method.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = min(batch_size, examples)
-    while True:
-        order = torch.randperm(examples, generator=generator)
-        for start in range(0, examples - size + 1, size):
-            yield order[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -232,19 +224,26 @@ class Training:
         At the start.
     seed : int
         Of the initial weights and of the order of the batches.
+    means : Means
+        Device, and processes that decode.
     """
 
-    def __init__(self, data: DataSet, row: Row, config: Config, learning_rate: float, seed: int) -> None:
+    def __init__(
+        self, data: DataSet, row: Row, config: Config, learning_rate: float, seed: int, means: Means | None = None
+    ) -> None:
         self.data, self.row, self.learning_rate, self.seed = data, row, learning_rate, seed
+        self.means = Means() if means is None else means
         self.config = row.config(config)
         examples = len(data.train)
-        self.model = Branches.of(data, row.modalities, head=row.of.head, seed=seed)
+        self.model = Branches.of(data, row.modalities, head=row.of.head, seed=seed).to(self.means.device)
         batches = max(1, examples // self.config.batch_size)
         self.optimizer = row.of.optimizer(self.model, row.modalities, self.config, learning_rate, batches, seed)
+        self._plateau = self._new_plateau() if self.config.schedule == "plateau" else None
         self.turns = turns_of(row, self.config)
         self.total = self.config.steps * len(row.modalities)
         self._choosing = data.open_test() if self.config.protocol == "paper" and data.has_test else data.validation
         self._streams = {name: batch_stream(examples, self.config.batch_size, seed) for name in row.modalities}
+        self._feeds: dict[str, Iterator[Tensor]] = {}
         self._position = _Position(draws=dict.fromkeys(row.modalities, 0))
         self._witness = _Witness()
         self._losses: list[float] = []
@@ -252,9 +251,19 @@ class Training:
         self._after_turn: list[dict[str, Any]] = []
         self._chosen: tuple[int, float, Weights] = (0, -math.inf, {})
         self._seconds = 0.0
-        with torch.random.fork_rng(devices=[]):
+        with self._own_random():
             torch.manual_seed(seed)
-            self._random = torch.get_rng_state()
+            self._random = self._random_now()
+
+    @property
+    def best(self) -> Weights:
+        """The weights that would be chosen now; empty before there are any."""
+        return self._chosen[2]
+
+    @property
+    def turn_before(self) -> str | None:
+        """The modality of the turn before the present one; None in the first."""
+        return None if self._position.turn == 0 else self.turns[self._position.turn - 1].modality
 
     @property
     def curve(self) -> list[dict[str, Any]]:
@@ -287,23 +296,26 @@ class Training:
         Parameters
         ----------
         report : callable, optional
-            Told about progress after each stretch of steps.
+            Told about progress after each stretch of steps, and every few seconds in a long one.
         stop : callable, optional
             Asked before each step whether to stop there.
         save : callable, optional
-            Called between two turns, where :meth:`state` may be kept.
+            Called between two turns, and every few seconds in a long one, where :meth:`state` may be kept.
 
         Raises
         ------
         Stopped
             If `stop` says so.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self._random)
+        with self._own_random():
+            torch.set_rng_state(self._random[0])
+            for state in self._random[1:]:
+                torch.cuda.set_rng_state(state, self.means.device)
             try:
                 self._run(report or _silent, stop or _never, save or _nothing)
             finally:
-                self._random = torch.get_rng_state()
+                self._random = self._random_now()
+                self._feeds.clear()
         told, (number, _, weights) = self._witness, self._chosen
         skipped = self.optimizer.skipped_steps if isinstance(self.optimizer, igm_rs.IGMOptimizer) else 0
         return Trained(
@@ -320,6 +332,22 @@ class Training:
             projected_share=_mean(told.shares),
         )
 
+    def _own_random(self) -> AbstractContextManager[None]:
+        """Return what puts torch's generators back as they were."""
+        device = torch.device(self.means.device)
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+    def _random_now(self) -> list[Tensor]:
+        """Return the state of torch's generator, and of the device's where that has its own."""
+        cuda = torch.device(self.means.device).type == "cuda"
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.means.device)] if cuda else [])]
+
+    def _new_plateau(self) -> ReduceLROnPlateau:
+        """Return what divides the learning rate by 10 when the training loss is saturated (the paper's section 4.2)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        return ReduceLROnPlateau(self.optimizer, factor=0.1, patience=self.config.patience)
+
     def _run(self, report: Callable[[Progress], None], stop: Callable[[], bool], save: Callable[[], None]) -> None:
         at = self._position
         if at.done == 0 and self.turns[0].modality is not None:
@@ -327,15 +355,23 @@ class Training:
             self._after_turn = [{"round": 0, "modality": "", "scores": {"accuracy": found.accuracy}}]
         while at.turn < len(self.turns):
             turn = self.turns[at.turn]
+            if at.stretch == at.step == 0:
+                self._begin_turn(turn)
             with self._entered(turn):
                 while at.stretch < len(turn.stretches):
-                    self._walk(turn, turn.stretches[at.stretch], report, stop)
+                    self._walk(turn, turn.stretches[at.stretch], report, stop, save)
                     at.stretch, at.step = at.stretch + 1, 0
                 ended = time.perf_counter()  # the turn ends with a new T
             self._seconds += time.perf_counter() - ended
             at.turn, at.stretch = at.turn + 1, 0
-            self._random = torch.get_rng_state()
+            self._random = self._random_now()
             save()
+
+    def _begin_turn(self, turn: Turn) -> None:
+        """Do what a method does before a turn; where modalities come one after another, each has the full rate."""
+        self.row.of.begin_turn(self, turn.modality)
+        if self._plateau is not None and self.row.of.schedule == "once":
+            self._plateau = self._new_plateau()
 
     def _entered(self, turn: Turn) -> AbstractContextManager[object]:
         """Return the optimizer's turn where there is one; else a context that does nothing."""
@@ -343,12 +379,20 @@ class Training:
             return self.optimizer.turn(turn.modality)
         return nullcontext()
 
-    def _walk(self, turn: Turn, stretch: Stretch, report: Callable[[Progress], None], stop: Callable[[], bool]) -> None:
+    def _walk(
+        self,
+        turn: Turn,
+        stretch: Stretch,
+        report: Callable[[Progress], None],
+        stop: Callable[[], bool],
+        save: Callable[[], None],
+    ) -> None:
         """Take the steps of a stretch that are left, then look at validation and tell."""
         at, before = self._position, self._position.done
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * stretch.factor
-        began = time.perf_counter()
+        if self._plateau is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate * stretch.factor
+        began = told = time.perf_counter()
         try:
             while at.step < len(stretch.steps):
                 if stop():
@@ -356,6 +400,13 @@ class Training:
                 self._losses.append(self._step(stretch.steps[at.step]))
                 at.done += len(stretch.steps[at.step])
                 at.step += 1
+                if time.perf_counter() - told > TELL_EVERY:
+                    report(Progress(at.done - before, self._losses[-1], None))
+                    before = at.done
+                    self._seconds += time.perf_counter() - began
+                    self._random = self._random_now()
+                    save()
+                    began = told = time.perf_counter()
         finally:
             self._seconds += time.perf_counter() - began
         self._witness.note(self.optimizer)
@@ -366,6 +417,8 @@ class Training:
             if ends_turn:
                 entry = {"round": stretch.round, "modality": turn.modality, "scores": {"accuracy": found.accuracy}}
                 self._after_turn.append(entry)
+                if not stretch.ends_round and self.row.of.goes_back(self.config):
+                    self._choose(stretch.round, found)
         loss = self._losses[-1]
         if stretch.ends_round and found is not None:
             point = self._end_round(stretch.round, found)
@@ -375,12 +428,32 @@ class Training:
         """Take one optimizer step and return the loss at the first pass."""
         for name in active:
             chosen = next(self._streams[name])  # the same for all: one seed, as many draws
+        inputs = {name: self._next(name, chosen) for name in active}
+        for name in active:
             self._position.draws[name] += 1
-        return float(self.step_on(active, chosen))
+        return float(self.step_on(active, chosen, inputs))
 
-    def step_on(self, active: Active, chosen: Tensor) -> Tensor:
-        """Take one optimizer step on the chosen training examples, as :func:`take_step`; a subclass may look at it."""
-        return take_step(self.model, self.optimizer, active, chosen, self.data.train)
+    def _next(self, name: str, chosen: Tensor) -> Tensor:
+        """Return a modality's next batch: the chosen examples, with random crops and the like where it has any."""
+        values = self.data.train.inputs[name]
+        if not isinstance(values, Column):
+            return self.examples(name, chosen)
+        if name not in self._feeds:
+            done = self._position.draws[name]
+            self._feeds[name] = feed(values, self.config.batch_size, self.seed, done, self.means)
+        return next(self._feeds[name]).to(self.means.device, non_blocking=True)
+
+    def examples(self, name: str, chosen: Tensor) -> Tensor:
+        """Return a modality's chosen training examples as they are measured on, on the device."""
+        return self.data.train.inputs[name][chosen].to(self.means.device)
+
+    def labels(self, chosen: Tensor) -> Tensor:
+        """Return the labels of the chosen training examples, on the device."""
+        return self.data.train.labels[chosen].to(self.means.device)
+
+    def step_on(self, active: Active, chosen: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Take one optimizer step on the chosen training examples and return the loss; a subclass may look at it."""
+        return self.row.of.take_step(self.model, self.optimizer, active, inputs, self.labels(chosen), self.config)
 
     def _end_round(self, number: int, found: Watched) -> dict[str, Any]:
         """Note the round in the curve, and its weights if it is the best so far; of equals the later one is."""
@@ -394,13 +467,19 @@ class Training:
         }
         self._losses.clear()
         self._curve.append(point)
+        if self._plateau is not None and math.isfinite(point["loss"]):
+            self._plateau.step(point["loss"])
+        self._choose(number, found, usable=math.isfinite(point["loss"]))
+        return point
+
+    def _choose(self, number: int, found: Watched, *, usable: bool = True) -> None:
+        """Keep the weights if they are the best so far; of equals the later ones are."""
         deciding = found.by_origin
         if self._choosing is not self.data.validation:
             deciding = watched(self.model, self._choosing).accuracy  # as the released scripts do
-        value = of_fusion(deciding, CHOSEN_BY) if math.isfinite(point["loss"]) else -math.inf
+        value = of_fusion(deciding, CHOSEN_BY) if usable else -math.inf
         if value >= self._chosen[1]:
             self._chosen = (number, value, copy.deepcopy(self.model.state_dict()))
-        return point
 
     # ------------------------------------------------------------------------------------------------------------------
     # Leaving and taking up
@@ -419,6 +498,7 @@ class Training:
                 "chosen": self._chosen,
                 "seconds": self._seconds,
                 "random": self._random,
+                "plateau": None if self._plateau is None else self._plateau.state_dict(),
             }
         )
 
@@ -431,30 +511,12 @@ class Training:
         self._witness = _Witness(**state["witness"])
         self._losses, self._curve, self._after_turn = state["losses"], state["curve"], state["after_turn"]
         self._chosen, self._seconds, self._random = state["chosen"], state["seconds"], state["random"]
+        if self._plateau is not None:
+            self._plateau.load_state_dict(state["plateau"])
+        self._feeds.clear()
         for name, stream in self._streams.items():
             for _ in range(self._position.draws[name]):
                 next(stream)
-
-
-def take_step(
-    model: Branches, optimizer: torch.optim.Optimizer, active: Active, chosen: Tensor, split: Split
-) -> Tensor:
-    """Take one optimizer step on the chosen examples and return the loss at the first pass, detached.
-
-    Of one modality the loss is that of its branch, of several that of the network's joint logits.
-    """
-    inputs = {name: split.inputs[name][chosen] for name in active}
-    labels = split.labels[chosen]
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        logits = model.joint(inputs) if len(active) > 1 else model.branch(active[0], inputs[active[0]])
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    loss: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]  # torch's stub has a float here
-    return loss.detach()
 
 
 def _mean(values: list[float]) -> float | None:

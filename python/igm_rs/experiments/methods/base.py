@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from igm_rs.experiments.configuration import Config, override
 from igm_rs.experiments.networks import Branches, Head
 
+if TYPE_CHECKING:
+    from igm_rs.experiments.training import Training
+
 __all__ = ["METHODS", "PARTICULAR", "Method", "Row", "Schedule", "base_optimizer", "control_options", "keyed", "method"]
 
-PARTICULAR = ("rho", "tau", "trunk_tau", "alpha", "scope", "sources")
+PARTICULAR = ("rho", "tau", "trunk_tau", "alpha", "scope", "sources", "released")
 """Values of the configuration that are not for every method."""
 
 Schedule = Literal["single", "joint", "turns", "batches", "once"]
@@ -76,6 +80,51 @@ class Method:
         """
         raise NotImplementedError
 
+    def take_step(
+        self,
+        model: Branches,
+        optimizer: torch.optim.Optimizer,
+        active: Sequence[str],
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        config: Config,
+    ) -> Tensor:
+        """Take one optimizer step and return the loss at the first pass, detached.
+
+        Parameters
+        ----------
+        model : Branches
+            The network.
+        optimizer : Optimizer
+            What :meth:`optimizer` has returned.
+        active : sequence of str
+            The modalities that the step moves. Of one the loss is that of its branch, of several that of the network's
+            joint logits.
+        inputs : mapping of str to Tensor
+            A batch of each of them.
+        labels : Tensor
+            ``(n,)``, int64, its classes.
+        config : Config
+            What all methods have in common.
+        """
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            logits = model.joint(inputs) if len(active) > 1 else model.branch(active[0], inputs[active[0]])
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        loss: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]  # torch's stub has a float here
+        return loss.detach()
+
+    def begin_turn(self, training: Training, modality: str | None) -> None:
+        """Do what comes before a turn of `modality` (None: of all): nothing, but for methods that say otherwise."""
+
+    def goes_back(self, config: Config) -> bool:
+        """Whether turns begin at the best weights so far, which are then looked for after each turn."""
+        return False
+
 
 METHODS: dict[str, Method] = {}
 """Every method by key, in the order of the tables; a user's own come last."""
@@ -119,12 +168,11 @@ def keyed(key: str) -> Method:
 
 
 def base_optimizer(model: Branches, config: Config, learning_rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer underneath, of all of the network's parameters."""
+    """Return the optimizer underneath, of all of the network's parameters but frozen ones."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.base == "adam":
-        return torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+        return torch.optim.Adam(parameters, lr=learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def control_options(control: str | None, seed: int) -> dict[str, Any]:

@@ -38,5 +38,15 @@ class Sam(JointSum):
         batches: int,
         seed: int = 0,
     ) -> torch.optim.Optimizer:
-        """Return IGMOptimizer without modalities: SAM."""
-        return igm_rs.IGMOptimizer(base_optimizer(model, config, learning_rate), model=model, rho=config.rho)
+        """Return IGMOptimizer without modalities: SAM; where each has a ρ, the parameters of each have it."""
+        base = base_optimizer(model, config, learning_rate)
+        rho = config.rho_of(modalities)
+        if not isinstance(rho, dict):
+            return igm_rs.IGMOptimizer(base, model=model, rho=rho)
+        (group,) = base.param_groups
+        options = {name: value for name, value in group.items() if name != "params"}
+        base.param_groups.clear()
+        for name in modalities:
+            own = [p for part in model.parts_of(name) for p in part.parameters() if p.requires_grad]
+            base.add_param_group({**options, "params": own, "rho": rho[name]})
+        return igm_rs.IGMOptimizer(base, model=model)

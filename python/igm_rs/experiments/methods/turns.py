@@ -50,7 +50,7 @@ class Turns(Method):
         """Return IGMOptimizer with the SAM, the modification and the control that the class asks for."""
         base = base_optimizer(model, config, learning_rate)
         parts = {name: model.parts_of(name) for name in modalities}
-        rho = config.rho if self.sam else 0.0
+        rho = config.rho_of(modalities) if self.sam else 0.0
         if not self.modifies:
             return igm_rs.IGMOptimizer(base, parts, model=model, rho=rho, projector="identity")
         where: dict[str, Any] = (
