@@ -15,6 +15,7 @@ mod recursion;
 mod sam;
 mod schedule;
 mod sgd;
+mod shift;
 mod spectrum;
 mod unfold;
 
@@ -70,6 +71,8 @@ fn _igm_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(python::sam::adam_step_, module)?)?;
     module.add_function(wrap_pyfunction!(python::sam::adam_step_possible, module)?)?;
     module.add_function(wrap_pyfunction!(python::sam::select_, module)?)?;
+    // method.md §4, the released scripts: shift.rs
+    module.add_function(wrap_pyfunction!(python::shift::at_shifted, module)?)?;
     // Algorithm 1, lines 1–2, 8–9: schedule.rs
     module.add_function(wrap_pyfunction!(
         python::schedule::previous_modality,

@@ -81,7 +81,7 @@ pub fn add_products<T: Real>(
 
 /// How many pairs satisfy the condition?
 #[inline(always)]
-fn count<S: Stored>(a: &[S], b: &[S], condition: impl Fn(S::Number, S::Number) -> bool) -> u64 {
+pub fn count<S: Stored>(a: &[S], b: &[S], condition: impl Fn(S::Number, S::Number) -> bool) -> u64 {
     let mut counter = <S::Number as Real>::Count::default();
     for (a, b) in a.iter().zip(b) {
         counter += S::Number::one(condition(a.load(), b.load()));
@@ -91,7 +91,7 @@ fn count<S: Stored>(a: &[S], b: &[S], condition: impl Fn(S::Number, S::Number) -
 
 /// The squares of a function of pairs, dealt out to lanes; in float64.
 #[inline(always)]
-fn add_squares<S: Stored>(
+pub fn add_squares<S: Stored>(
     sums: &mut [f64; LANES],
     a: &[S],
     b: &[S],
@@ -112,16 +112,16 @@ fn add_squares<S: Stored>(
 }
 
 /// Indices of a list of tensors, by what computes on them.
-struct Paths {
+pub struct Paths {
     /// CPU, dense and equally strided: the fused loops.
-    fused: Vec<usize>,
+    pub fused: Vec<usize>,
     /// The rest: multi-tensor operations of torch.
-    general: Vec<usize>,
+    pub general: Vec<usize>,
 }
 
 impl Paths {
     /// Sorts the indices of some lists.
-    fn of(lists: &[&[&Tensor]]) -> Result<Self> {
+    pub fn of(lists: &[&[&Tensor]]) -> Result<Self> {
         let lists: Vec<Vec<Option<&Tensor>>> = lists
             .iter()
             .map(|list| list.iter().copied().map(Some).collect())
@@ -148,7 +148,7 @@ pub fn pick<T: Copy>(list: &[T], indices: &[usize]) -> Vec<T> {
 }
 
 /// Borrows of owned tensors.
-fn borrowed(list: &[Tensor]) -> Vec<&Tensor> {
+pub fn borrowed(list: &[Tensor]) -> Vec<&Tensor> {
     list.iter().collect()
 }
 
@@ -261,11 +261,11 @@ pub fn check_disjoint(lists: &[(&[usize], bool)], bytes: &[usize]) -> Result<()>
 }
 
 /// Σ g², or Σ (T g)² with T = |θ| + η, in float64.
-struct SquareSum<'a, S> {
+pub struct SquareSum<'a, S> {
     /// g.
-    gradients: &'a [S],
+    pub gradients: &'a [S],
     /// θ, where T is used.
-    weights: Option<&'a [S]>,
+    pub weights: Option<&'a [S]>,
 }
 
 impl<S: Stored> Loop for SquareSum<'_, S> {
@@ -386,7 +386,7 @@ fn scales(weights: &[&Tensor]) -> Result<Vec<Tensor>> {
 }
 
 /// One number of each tensor, gathered in one tensor; the dtype: float64 on the CPU or if a tensor has it, else float32.
-fn gathered(
+pub fn gathered(
     tensors: &[&Tensor],
     infos: &[Info],
     number: impl Fn(&[&Tensor], Option<Kind>) -> Result<Vec<Tensor>>,
@@ -490,21 +490,19 @@ struct Checked {
     norm: Option<f64>,
 }
 
-/// Checks all arguments of [`perturb_`] before anything is changed.
-fn check_perturb(
+/// Checks weights, their gradients, the memory `name` beside them, and ρ for each; describes the weights.
+pub fn check_climb(
     params: &[&Tensor],
     gradients: &[&Tensor],
-    before: &[&Tensor],
-    norm: &Tensor,
+    (name, memory): (&str, &[&Tensor]),
     rhos: &[f64],
-    rule: Rule,
-) -> Result<Checked> {
+) -> Result<Vec<Info>> {
     let infos = check_list("params", params)?;
     check_unshared("params", &infos)?;
     check_beside("gradients", gradients, "params", params, &infos)?;
-    let copies = check_beside("before", before, "params", params, &infos)?;
-    check_same_dtype("before", &copies, "params", &infos)?;
-    check_unshared("before", &copies)?;
+    let copies = check_beside(name, memory, "params", params, &infos)?;
+    check_same_dtype(name, &copies, "params", &infos)?;
+    check_unshared(name, &copies)?;
     if rhos.len() != params.len() {
         return Err(Error::value(
             "rhos",
@@ -519,6 +517,11 @@ fn check_perturb(
             "a finite number",
         ));
     }
+    Ok(infos)
+}
+
+/// Checks for a 0-dim norm on the device of the weights.
+pub fn check_norm(norm: &Tensor, infos: &[Info]) -> Result<Info> {
     let measured = aten::describe_one(norm)?;
     aten::floating("norm", &measured)?;
     if measured.dim != 0 {
@@ -537,6 +540,20 @@ fn check_perturb(
             ));
         }
     }
+    Ok(measured)
+}
+
+/// Checks all arguments of [`perturb_`] before anything is changed.
+fn check_perturb(
+    params: &[&Tensor],
+    gradients: &[&Tensor],
+    before: &[&Tensor],
+    norm: &Tensor,
+    rhos: &[f64],
+    rule: Rule,
+) -> Result<Checked> {
+    let infos = check_climb(params, gradients, ("before", before), rhos)?;
+    let measured = check_norm(norm, &infos)?;
     if !measured.is_cpu() {
         return Ok(Checked { infos, norm: None });
     }
@@ -701,7 +718,7 @@ pub fn optional<'a>(list: &[&'a Tensor]) -> Vec<Option<&'a Tensor>> {
 }
 
 /// The dtype in which ε is computed: at least float32.
-fn work_kind(info: &Info) -> Kind {
+pub fn work_kind(info: &Info) -> Kind {
     if is_double(info) {
         Kind::Double
     } else {

@@ -16,6 +16,7 @@ __all__ = [
     "add_rows_",
     "append_rows_",
     "at_perturbed",
+    "at_shifted",
     "batch_rows",
     "centre_",
     "conv_rows",
@@ -211,6 +212,18 @@ def adam_step_possible(
 
 def select_(tensors: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], usable: torch.Tensor) -> None:
     """Take back what is not usable: tensors[i] <- tensors[i] if usable else kept[i]."""
+
+# method.md, section 4, the released scripts: src/shift.rs
+def at_shifted(
+    params: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    shifted: Sequence[torch.Tensor],
+    norm: torch.Tensor | None,
+    rhos: Sequence[float],
+    body: Callable[[torch.Tensor | None], None],
+    measure: bool = True,
+) -> torch.Tensor | None:
+    """Call a function while the parameters have perturbed weights in other memory, and give them their own again."""
 
 # Algorithm 1, lines 1-2, 8-9: src/schedule.rs
 def previous_modality(active: int, modalities: int) -> int:

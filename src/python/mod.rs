@@ -4,6 +4,7 @@ pub mod covariance;
 pub mod projector;
 pub mod sam;
 pub mod schedule;
+pub mod shift;
 
 use pyo3::exceptions::PyImportError;
 use pyo3::ffi;
