@@ -139,9 +139,12 @@ def _figure(options: argparse.Namespace) -> int:
     """Make a figure: picture and numbers."""
     from . import figures
 
+    configs = _configs_of_5b(options) if options.name == "5b" else None
     _, config, source = _begin(options)
+    if configs is not None:
+        options.network = None  # was not given
     _check_used(options, figures.METHODS[options.name])
-    if options.name != "3" and config.protocol == "paper":
+    if options.name not in ("3", "5b") and config.protocol == "paper":
         raise ValueError(f"protocol is 'paper', expected 'validation': figure {options.name} looks at no test split")
     if options.name in ("1", "4", "5a"):
         _check_both(config, f"figure {options.name} is about IGM")
@@ -157,9 +160,29 @@ def _figure(options: argparse.Namespace) -> int:
         seeds=options.seeds,
         resume=options.resume,
         source=source,
+        configs=configs,
     )
     print(f"Written: {', '.join(map(str, paths))}")
     return 0
+
+
+def _configs_of_5b(options: argparse.Namespace) -> dict[str, Config]:
+    """Return the configuration for each network of figure 5b; the last one is what the command then goes by.
+
+    Raises
+    ------
+    ValueError
+        If a network is given, or there is something wrong with a value.
+    """
+    from .finetuning import NETWORKS
+
+    if options.network is not None:
+        raise ValueError(f"network is {options.network!r}, expected none: figure 5b has its own")
+    found = {}
+    for network in NETWORKS:
+        options.network = network
+        found[network] = _config(options)
+    return found
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -257,7 +257,8 @@ def load_config(data: str, overrides: Mapping[str, Any] | None = None, file: Pat
     Parameters
     ----------
     data : str
-        Name of the data set. A set without a file of its own takes ``default.toml``.
+        Name of the data set. A set without a file of its own takes ``default.toml``; for a network that `overrides`
+        name there may be a file beside its own, such as ``openclipart-frozen.toml``.
     overrides : mapping of str to value, optional
         Values that win over the file's.
     file : Path, optional
@@ -272,8 +273,9 @@ def load_config(data: str, overrides: Mapping[str, Any] | None = None, file: Pat
     """
     path = file
     if path is None:
-        own = FOLDER / f"{data}.toml"
-        path = own if own.is_file() else FOLDER / "default.toml"
+        network = (overrides or {}).get("network", "default")
+        names = (f"{data}-{network}", data, "default")
+        path = next(own for name in names if (own := FOLDER / f"{name}.toml").is_file() or name == "default")
     if not path.is_file():
         raise FileNotFoundError(f"configuration file {path} does not exist, expected a TOML file")
     try:

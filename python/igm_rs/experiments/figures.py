@@ -22,6 +22,7 @@ import igm_rs
 from igm_rs import analysis
 from igm_rs.analysis.drawing import save_figure
 
+from . import finetuning
 from .configuration import Config
 from .data import DataSet
 from .feeding import Means, batch_stream
@@ -33,8 +34,8 @@ from .training import Training
 
 __all__ = ["SEEDS", "figure"]
 
-SEEDS = {"1": 2, "3": 2, "4": 3, "5a": 5, "5c": 1}
-"""Runs of each method in a figure, unless told otherwise: so many that each figure takes two or three minutes."""
+SEEDS = {"1": 2, "3": 2, "4": 3, "5a": 5, "5b": 3, "5c": 1}
+"""Runs of each method in a figure, unless told otherwise: so many that each takes two or three minutes, 5b twenty."""
 
 WATCHED = 5
 """Figure 1 looks at every so many steps."""
@@ -53,6 +54,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "3": ("igm",),
     "4": ("mla", "igm-no-sam", "igm", "turns"),
     "5a": ("igm-no-sam", "igm"),
+    "5b": tuple(finetuning.METHODS),
     "5c": TIMED,
 }
 """Methods of each figure."""
@@ -86,6 +88,8 @@ class Order:
         The set, without its test split.
     out, workers, resume, source
         As in :func:`figure`.
+    configs : mapping of str to Config
+        Of figure 5b, the configuration for each network.
     """
 
     config: Config
@@ -94,6 +98,7 @@ class Order:
     workers: int
     resume: bool
     source: Source
+    configs: Mapping[str, Config]
 
     def row(self, key: str, **overrides: Any) -> Row:
         """Return a row of all modalities."""
@@ -125,6 +130,7 @@ def figure(
     seeds: int | None = None,
     resume: bool = False,
     source: Source = PACKAGED,
+    configs: Mapping[str, Config] | None = None,
 ) -> tuple[Path, Path]:
     """Make a figure of the paper on a data set; write ``<out>/figures/figure-<name>-<data>.png`` and ``.json``.
 
@@ -148,6 +154,8 @@ def figure(
         Whether interrupted runs are continued.
     source : Source
         Where the data come from.
+    configs : mapping of str to Config, optional
+        Of figure 5b, and only there: the configuration for each of :data:`igm_rs.experiments.finetuning.NETWORKS`.
 
     Returns
     -------
@@ -166,8 +174,10 @@ def figure(
     data = source.of(config).without_test()
     if len(data.modalities) < 2:
         raise ValueError(f"data is {config.data!r} with one modality, expected two or more to compare methods")
-    config = replace(config, seeds=SEEDS[name] if seeds is None else seeds)
-    made = MAKERS[name](Order(config, data, out, workers, resume, source))
+    count = SEEDS[name] if seeds is None else seeds
+    config = replace(config, seeds=count)
+    several = {network: replace(each, seeds=count) for network, each in (configs or {}).items()}
+    made = MAKERS[name](Order(config, data, out, workers, resume, source, several))
     numbers = {
         "figure": name,
         "shows": FIGURES[name],
@@ -532,6 +542,7 @@ MAKERS: dict[str, Callable[[Order], Made]] = {
     "3": _figure_3,
     "4": _figure_4,
     "5a": _figure_5a,
+    "5b": finetuning.figure_5b,
     "5c": _figure_5c,
 }
 """What makes each figure."""

@@ -23,6 +23,7 @@ FIGURES = {
     "3": "sweeps of τ and ρ, with the effective perturbation",
     "4": "loss surface",
     "5a": "singular values by layer, with and without SAM",
+    "5b": "pretrained encoders, frozen and trained on",
     "5c": "training time",
 }
 """The paper's figures by name, in the order of the page, with what each shows."""

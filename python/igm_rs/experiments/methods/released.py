@@ -86,13 +86,15 @@ class ReleasedScripts(Method):
     ) -> Tensor:
         """Take a step on mixed examples, where that is asked for and they are numbers; words cannot be mixed."""
         (name,) = active
-        alpha = MIXUP if "mixed-loss" in config.released and inputs[name].is_floating_point() else 0.0
-        mixed, *mixture = mixup(inputs[name], labels, alpha)
+        mixed, labels_a, labels_b, share = inputs[name], labels, labels, 1.0
+        if "mixed-loss" in config.released and mixed.is_floating_point():
+            mixed, labels_a, labels_b, share = mixup(mixed, labels, MIXUP)
         head = model.head_of(name)
 
         def closure() -> tuple[Tensor, Any]:
             features = model.features(name, mixed)
-            return mixup_loss(head(features), *mixture), lambda: cross_entropy(head(features), labels)
+            loss = mixup_loss(head(features), labels_a, labels_b, share)
+            return loss, lambda: cross_entropy(head(features), labels)
 
         loss: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]  # the mode's closure
         return loss.detach()
