@@ -555,6 +555,9 @@ BROKEN = {
     "sarcasm no UTF-8": (
         SARCASM, replaced(CSV, 4, b"day", b"d\xe4y"), "encoding", 1, CSV, 4, r"byte \d+ is 0xe4, which is no UTF-8",
     ),
+    "sarcasm no UTF-8 within quotes": (
+        SARCASM, replaced(CSV, 3, b"day", b"d\xe4y"), "encoding", 1, CSV, 3, r"byte 2 is 0xe4, which is no UTF-8",
+    ),
     "sarcasm without a text": (
         SARCASM, replaced(CSV, 4, b'"what a ""brilliant, of course"" day no 2"', b'" "'), "line", 1, CSV, 4,
         r"its text is empty, expected a tweet",
