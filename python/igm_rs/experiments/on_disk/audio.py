@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ N_FFT, HOP = 512, 353
 
 LOG_OFFSET = 1e-7
 """Added to a magnitude before its logarithm is taken, there as here."""
+
+MOST_PHASES = 5000
+"""Between two rates without their common divisor: what resamples has a filter for each of as many."""
 
 SMALL_RATE, SMALL_N_FFT, SMALL_FRAMES = 8000, 64, 30
 """Samples in a second, samples of a window, and windows in a clip, for the small networks."""
@@ -131,6 +135,8 @@ class SpectrogramColumn(Column):
             raise self.home.undecodable(path, "it has no sample")
         if not np.isfinite(samples).all():
             raise self.home.undecodable(path, "it has samples that are not finite")
+        if max(rate, self.sound.rate) // math.gcd(rate, self.sound.rate) > MOST_PHASES:
+            raise self.home.undecodable(path, f"it has {rate} samples a second, expected a usual rate such as 16000")
         return self.sound.spectrogram(torch.from_numpy(samples.mean(axis=1)), rate)
 
     def digest_lines(self) -> Iterable[str]:

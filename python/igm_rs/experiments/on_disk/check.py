@@ -134,12 +134,21 @@ def _errors(inputs: Mapping[str, Column | Tensor], place: int, example: Example,
             continue
         seen.update(files)
         several = [path for path in files if len(files) > 1 and path.suffix.lower() in PICTURES]
+        broken = [error for error in (_picture_error(path, home) for path in several) if error is not None]
+        yield from broken
         try:
-            for path in several:
-                picture(path, home)
             column.example(place, None)
         except ValueError as error:
-            yield error
+            if str(error) not in map(str, broken):
+                yield error
+
+
+def _picture_error(path: Path, home: Home) -> ValueError | None:
+    try:
+        picture(path, home)
+    except ValueError as error:
+        return error
+    return None
 
 
 def _counts(on_disk: OnDisk, survey: Survey) -> Iterator[str]:

@@ -144,12 +144,12 @@ class _Lines:
                 text = raw.decode()
                 reason = "it holds a zero byte, expected text in UTF-8" if "\0" in text else ""
             except UnicodeDecodeError as error:
-                text = ""
+                text = raw.decode(errors="replace")
                 reason = f"byte {error.start + 1} is {raw[error.start]:#04x}, which is no UTF-8; save the list as UTF-8"
             if reason:
                 self._bad = number
                 self._faults.add("encoding", self._path, number, reason)
-            yield "\n" if reason else f"{text}\n"
+            yield text.replace("\0", " ") + "\n"  # its quotes count
 
     def was_bad(self, begin: int) -> bool:
         """Return whether a line from `begin` to the last was no text."""
