@@ -91,18 +91,14 @@ def _figure(find: Callable[[], Figure], _: Callable[[str], None]) -> dict[str, A
 
 
 def _write(out: Path, results: dict[str, Any], setting: Setting) -> None:
-    """Write JSON and plots of this run, and the page of this run and of the last one on the other device."""
+    """Write JSON and plots of this run, and the page of this run and of the last other ones."""
     plots = out / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     for curve in results["growth"]:
         growth.draw(curve, plots / f"{'cuda-' if setting.cuda else ''}{curve['key']}.png")
-    files = {"cpu": out / "results.json", "cuda": out / "results-cuda.json"}
-    files[setting.device.type].write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    known = {
-        device: json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        for device, file in files.items()
-    }
-    (out / "README.md").write_text(page.page(known["cpu"], known["cuda"]), encoding="utf-8")
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    (out / page.RESULTS[setting.device.type]).write_text(text, encoding="utf-8")
+    page.write(out)
 
 
 if __name__ == "__main__":
