@@ -21,6 +21,7 @@ from ._projection import Projection
 from ._random import RandomState
 from ._turns import Counters
 from ._warnings import warn
+from .released import Released
 from .stats import StepStats
 
 __all__ = ["Core", "PerModality", "Perturbed", "Replay"]
@@ -121,6 +122,8 @@ class Core:
     skip_inert: bool
     head_pass: HeadPass | None
     """What makes the second pass one of the head alone; None where it is one of everything."""
+    released: Released | None
+    """What a step has of the released scripts; None where it is the paper's."""
     initial_lr: list[float]
     counters: Counters
     turn: str | None = None
@@ -140,6 +143,8 @@ class Core:
     """Figures of a step whose perturbation was measured on a device, to be judged when that is waited for anyhow."""
     before: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
     """Memory for weights, kept from step to step."""
+    shifted: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
+    """The same, for perturbed weights that a base starts from."""
     spare: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """Memory for the base's state by modality, kept from step to step."""
 
@@ -154,6 +159,7 @@ class Core:
             "turn": None,
             "accumulating": False,
             "before": {},
+            "shifted": {},
             "spare": {},
             "replay": None,
             "random": None,
@@ -239,9 +245,11 @@ class Core:
         group = self.modalities.group_of(layer.weight, modality)
         return float(self.tau[modality] if group is None else group.get("tau", self.tau[modality]))
 
-    def buffers(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return memory for these weights, kept from step to step."""
-        kept = self.before
+    def buffers(
+        self, params: list[torch.Tensor], kept: dict[torch.Tensor, torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """Return memory for these weights, `kept` from step to step: that for the weights before it by default."""
+        kept = self.before if kept is None else kept
         buffers = []
         for p in params:
             buffer = kept.get(p)
@@ -272,6 +280,11 @@ class Core:
                 "expected load_state_dict and add_param_group of the IGMOptimizer"
             )
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the forward passes of steps bring features, so that a turn ends with a new T."""
+        return self.released is None or self.released.gather == "turn"
+
     def sam_is_due(self, active: str) -> bool:
         """Whether the next step of `active` is one of those that SAM makes."""
         return self.counters.taken[active] % self.sam_every == 0
@@ -283,13 +296,18 @@ class Core:
             self.head_pass.drop()
 
     def begin_second_pass(self) -> None:
-        """What is forwarded from now on is at θ + ε*: it is no feature of the data and no statistic of the model."""
+        """What is forwarded from now on is at θ + ε*: it is no feature of the data and no statistic of the model.
+
+        Casts of the weights that a torch.autocast around the step has kept are those of other weights now.
+        """
+        torch.clear_autocast_cache()
         self.tap.muted = True
         self.statistics.hold()
 
     def end_second_pass(self) -> None:
         """Listen and record again."""
-        self.tap.muted = False
+        torch.clear_autocast_cache()
+        self.tap.muted = not self.gathers
         self.statistics.release()
         if self.head_pass is not None:
             self.head_pass.end()

@@ -27,7 +27,8 @@ class Course:
         implicit = core.turn is None
         if implicit and (counters.explicit or (core.refresh == "turn" and counters.open not in (None, active))):
             self.leave()
-        if implicit and core.refresh == "turn" and len(core.modalities.names) == 1 and core.projects(active):
+        alone = len(core.modalities.names) == 1
+        if implicit and core.refresh == "turn" and alone and core.gathers and core.projects(active):
             core.warn_once(
                 "one modality",
                 f"{active!r} is the only modality and refresh is 'turn', so outside turn() its projector is never "
@@ -62,7 +63,7 @@ class Course:
         core = self._core
         counters = core.counters
         unseen = None
-        if core.refresh != "manual" and (counters.since[modality] or counters.replaced):
+        if core.refresh != "manual" and ((counters.since[modality] and core.gathers) or counters.replaced):
             unseen = self._make_projector(modality)
         counters.turns += 1
         counters.close()
@@ -129,7 +130,7 @@ class Course:
         """Make T of `modality`; return what there is to complain of, a layer that should have seen features."""
         core = self._core
         counters = core.counters
-        stepped = counters.since[modality] > 0 and not counters.replaced
+        stepped = counters.since[modality] > 0 and core.gathers and not counters.replaced
         unseen = core.projection.unseen(modality) if stepped else []
         needed = any(modality in listed for listed in core.projection.sources.values())
         core.projection.refresh(modality, core.tau_of)

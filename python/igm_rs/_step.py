@@ -23,7 +23,7 @@ from ._random import RandomState
 from ._rollback import Rollback
 from .stats import step_stats
 
-__all__ = ["Stepper"]
+__all__ = ["Figures", "Stepper", "one_closure", "usable"]
 
 Figures = dict[str, Any]
 
@@ -46,6 +46,17 @@ class Stepper:
 
     # ------------------------------------------------------------------------------------------------------------------
     # The three forms of a step
+
+    def check(self, closure: Any, scaler: Any) -> None:
+        """Raise unless ``step`` can take these arguments."""
+        if scaler is not None and closure is None:
+            raise ValueError(
+                "scaler is given to step() without a closure, expected scaler.unscale_(opt) and scaler.step(opt), or a "
+                "closure"
+            )
+
+    def check_replay(self) -> None:
+        """Raise unless a second pass can be given for a later step."""
 
     def step(self, closure: Closure | None, scaler: Any) -> Any:
         """First pass by `closure`, or the gradients at hand; then all the rest. Returns the loss of the first pass."""
@@ -128,7 +139,7 @@ class Stepper:
             figures["second_pass"] = "taken" if any(rho != 0 for rho in rhos) else "off"
             figures["grad_norm"] = gradient_norm(gradients)
             climb = climb_of(core, active, params, gradients, rhos, figures)
-            begun.usable = _usable(figures["grad_norm"], climb.norm)
+            begun.usable = usable(figures["grad_norm"], climb.norm)
             if begun.usable:
                 before = core.buffers(params)
                 _igm_rs.restore_(before, params)  # whatever interrupts from here on, there is a way back
@@ -151,7 +162,7 @@ class Stepper:
         kept = _identical(params, perturbed.params)
         self._unscale(scaler, params, 1)
         figures["grad_norm_perturbed"] = norm = gradient_norm(gradients)
-        if not (perturbed.usable and _usable(norm)):
+        if not (perturbed.usable and usable(norm)):
             self._skip(active, figures)
             return
         self._finish(active, figures, params, gradients, kept=kept)
@@ -189,7 +200,7 @@ class Stepper:
         )
         if capturing(params) or waits_for_nothing(core, params):
             self._on_device(active, figures, params, gradients, rhos, pass_two)
-        elif not (_usable(figures["grad_norm"]) if sam or core.projects(active) else _finite(figures["grad_norm"])):
+        elif not (usable(figures["grad_norm"]) if sam or core.projects(active) else _finite(figures["grad_norm"])):
             if pass_two is not None:
                 figures["second_pass"] = None
             self._skip(active, figures)
@@ -216,7 +227,7 @@ class Stepper:
         """Second pass at θ + ε* (Eq. 8). Whatever leaves the closure, the weights are restored before anything else."""
         core = self._core
         climb = climb_of(core, active, params, gradients, rhos, figures)
-        if not _usable(climb.norm):
+        if not usable(climb.norm):
             figures["second_pass"] = None
             self._skip(active, figures)
             return
@@ -227,7 +238,7 @@ class Stepper:
         def at_perturbed_weights(measured: torch.Tensor | None) -> Any:
             moving, used = self._pass_two(active, second, figures, params, gradients, measured)
             then["moving"], then["gradients"] = moving, used
-            then["skip"] = "grad_norm_perturbed" in figures and not _usable(figures["grad_norm_perturbed"])
+            then["skip"] = "grad_norm_perturbed" in figures and not usable(figures["grad_norm_perturbed"])
             then["same"] = _identical(moving, climb.params)
             fused = None if then["skip"] or core.project_update or not then["same"] else core.fused
             if fused is None or not fused.possible(moving, used):
@@ -282,7 +293,7 @@ class Stepper:
         Where the perturbation has moved no weight, and that is asked about, θ + ε* is θ: its gradient is known.
         """
         core = self._core
-        if core.skip_inert and measured is not None and not float(measured[1]) and _usable(figures["climb_norm"]):
+        if core.skip_inert and measured is not None and not float(measured[1]) and usable(figures["climb_norm"]):
             figures["second_pass"] = "unchanged"
             return params, gradients
         head = core.head_pass
@@ -315,30 +326,36 @@ class Stepper:
         gradients: list[torch.Tensor],
         *,
         kept: bool = False,
+        start: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
     ) -> None:
         """Project and let the base optimizer step (Eq. 9; Algorithm 1, line 10), wholly or not at all.
 
-        `kept`: the weights' memory holds these weights already.
+        `kept`: the weights' memory holds these weights already. `start`: parameters, and the weights that each of them
+        has before the base steps, in other memory; None where the base starts from the weights as they are.
         """
         core = self._core
-        fused = None if core.project_update else core.fused
+        moved, there = ([], []) if start is None else start
+        fused = None if core.project_update or not (start is None or _identical(moved, params)) else core.fused
         done: list[bool] = []
         if fused is not None and fused.possible(params, gradients):
             way_back = Rollback(core, active, [], [], deep=False)
         else:
             fused = None
-            before = core.buffers(params) if core.atomic or core.project_update or kept else []
+            changed = list(dict.fromkeys([*params, *moved])) if moved else params
+            before = core.buffers(changed) if core.atomic or core.project_update or kept or moved else []
             if before and not kept:
-                _igm_rs.restore_(before, params)
-            way_back = Rollback(core, active, params if before else [], before, deep=core.atomic)
+                _igm_rs.restore_(before, changed)
+            way_back = Rollback(core, active, changed if before else [], before, deep=core.atomic)
         try:
             if fused is not None:
-                fused.step_(params, [], self._all_but_the_step(active, figures, fused, gradients), done)
+                fused.step_(params, there, self._all_but_the_step(active, figures, fused, gradients), done)
             else:
+                if moved:
+                    _igm_rs.restore_(moved, there)
                 self._prepare(active, figures)
                 self._base_step(active)
                 if core.project_update:
-                    self._project_update(active, figures)
+                    self._project_update(active, figures, core.before | dict(zip(moved, there, strict=True)))
                 self._note(active, figures)
         except BaseException:
             if not done:
@@ -477,18 +494,15 @@ class Stepper:
             for p, gradient in hidden:
                 p.grad = gradient
 
-    def _project_update(
-        self, active: str, figures: Figures, weights_before: dict[torch.Tensor, torch.Tensor] | None = None
-    ) -> None:
+    def _project_update(self, active: str, figures: Figures, weights_before: dict[torch.Tensor, torch.Tensor]) -> None:
         """Let T act on what the base optimizer has moved the weights by."""
         projected = self._projected(active)
         if projected:
-            kept = self._core.before if weights_before is None else weights_before
             figures["projected"] = _igm_rs.project_update_(
                 _matrices(projected, lambda p: p),
-                _matrices(projected, lambda p: kept[p]),
+                _matrices(projected, lambda p: weights_before[p]),
                 self._biases(projected, lambda p: p),
-                self._biases(projected, lambda p: kept[p]),
+                self._biases(projected, lambda p: weights_before[p]),
                 [factors for _, factors in projected],
             )
 
@@ -671,6 +685,6 @@ def _finite(norm: torch.Tensor) -> bool:
     return math.isfinite(float(norm))
 
 
-def _usable(*norms: torch.Tensor) -> bool:
+def usable(*norms: torch.Tensor) -> bool:
     """Whether a step can be taken: each gradient norm finite and not zero. Waits for the device of the norms."""
     return all(math.isfinite(value) and value > 0 for value in map(float, norms))

@@ -23,8 +23,10 @@ from ._layers import check_gradients, check_held, projected_share
 from ._modalities import Modalities, check_parameters, parameter_names
 from ._options import projection_options
 from ._projection import Projection
+from ._released import ReleasedStepper, check_fit, mode_of
 from ._step import Stepper, one_closure
 from ._turns import Counters
+from .released import Released
 from .stats import StepStats
 
 __all__ = ["IGMOptimizer"]
@@ -133,6 +135,10 @@ class IGMOptimizer(torch.optim.Optimizer):
     max_grad_norm : float, optional
         c > 0: after projection the gradients of all that moves are clipped to a joint L2 norm of c, as
         ``torch.nn.utils.clip_grad_norm_`` does. None: no clipping.
+    mode : {"paper", "released"} or Released
+        Algorithm 1; or the arithmetic of the authors' scripts, which differs from it (method.md §4), each deviation a
+        switch of :class:`igm_rs.Released`. The closure of :meth:`step` is another one then; and `pairing` and `reset`
+        are those of the ``Released``.
     preserve_rng : bool
         Whether both passes of a step draw the same random numbers, such as dropout masks, from torch's generators. The
         two-call form and :meth:`replay` then need :meth:`remember_rng` before the first pass.
@@ -218,10 +224,27 @@ class IGMOptimizer(torch.optim.Optimizer):
         batches: int | None = None,
         normalise: bool = False,
         max_grad_norm: float | None = None,
+        mode: str | Released = "paper",
         preserve_rng: bool = False,
         atomic: bool = True,
         **base_kwargs: Any,
     ) -> None:
+        released = mode_of(mode)
+        if released is not None:
+            check_fit(
+                released,
+                head=heads is not None or head is not None,
+                refresh=refresh,
+                pairing=pairing,
+                reset=reset,
+                p=(p, 2.0),
+                adaptive=(adaptive, False),
+                sam_every=(sam_every, 1),
+                sam_scope=(sam_scope, "all"),
+                skip_inert=(skip_inert, False),
+                preserve_rng=(preserve_rng, False),
+            )
+            pairing, reset = released.pairing, released.reset
         options = projection_options(
             projector=projector,
             control=control,
@@ -247,6 +270,7 @@ class IGMOptimizer(torch.optim.Optimizer):
             "adaptive": _checks.flag("adaptive", adaptive),
             "sam_every": _checks.positive_integer("sam_every", sam_every),
             "skip_inert": _checks.flag("skip_inert", skip_inert),
+            "released": released,
         }
         _checks.choice("sam_scope", sam_scope, ("all", "head"))
         if sum(given is not None for given in (heads, head, scope)) > 1:
@@ -297,7 +321,11 @@ class IGMOptimizer(torch.optim.Optimizer):
         base = core.base
         self._core = core
         self._course = Course(core)
-        self._stepper = Stepper(core, self._course)
+        released = core.released
+        self._stepper = (
+            Stepper(core, self._course) if released is None else ReleasedStepper(core, self._course, released)
+        )
+        core.end_second_pass()  # so that the tap of a copy, too, listens only where features are gathered
         self.param_groups = base.param_groups
         self.state = base.state
         self.defaults = base.defaults
@@ -351,6 +379,11 @@ class IGMOptimizer(torch.optim.Optimizer):
     @tau.setter
     def tau(self, value: float | Mapping[str, float]) -> None:
         self._core.tau.assign(value)
+
+    @property
+    def mode(self) -> str | Released:
+        """What a step is: ``"paper"``, or what it has of the released scripts."""
+        return self._core.released or "paper"
 
     @property
     def preserve_rng(self) -> bool:
@@ -568,10 +601,13 @@ class IGMOptimizer(torch.optim.Optimizer):
             A list accumulates gradients: each closure computes the loss of a micro-batch, scaled as it shall count,
             and calls ``backward`` without clearing, which is done here; both passes run them all. Each micro-batch is
             a mini-batch of Eq. (2).
+            With ``mode="released"`` one callable, which neither clears gradients nor calls ``backward`` and returns a
+            pair: L(θ), a tensor with its graph; and a callable that returns the loss of the head at the weights of the
+            moment, on the features of that pass, see :class:`igm_rs.Released`.
         scaler : torch.amp.GradScaler, optional
             For a closure that calls ``scaler.scale(loss).backward()`` and returns the loss itself: the gradients of
             both passes are unscaled, an infinity in either skips the step, and the scaler is told of both. Call
-            ``scaler.update()`` afterwards, and no ``unscale_`` in the closure.
+            ``scaler.update()`` afterwards, and no ``unscale_`` in the closure. Not with ``mode="released"``.
 
         Returns
         -------
@@ -584,16 +620,14 @@ class IGMOptimizer(torch.optim.Optimizer):
             Outside any turn when more than one modality has gradients; a closure that computed no gradient; between
             ``first_step`` and ``second_step``; projection in several processes.
         TypeError
-            A closure that returns None.
+            A closure that returns None; with ``mode="released"`` none, a list, or one that returns something else.
+        ValueError
+            A `scaler` without a closure, or with ``mode="released"``; a loss without a graph there.
         BaseException
             Whatever the closure raises; everything is then as before the step, to the bit.
         """
         _check_scaler(scaler)
-        if scaler is not None and closure is None:
-            raise ValueError(
-                "scaler is given to step() without a closure, expected scaler.unscale_(opt) and scaler.step(opt), or a "
-                "closure"
-            )
+        self._stepper.check(closure, scaler)
         return self._stepper.step(self._closure(closure), scaler)
 
     @_disable_dynamo
@@ -651,6 +685,7 @@ class IGMOptimizer(torch.optim.Optimizer):
             Something that cannot be called.
         """
         _check_scaler(scaler)
+        self._stepper.check_replay()
         one = self._closure(closure)
         if one is None:
             raise TypeError("closure is None, expected a callable or a list of callables")
@@ -834,6 +869,7 @@ class IGMOptimizer(torch.optim.Optimizer):
             base.__setstate__({"state": state, "param_groups": groups})
         core.modalities.index(groups)
         core.before.clear()
+        core.shifted.clear()
         core.spare.clear()
         core.provisional = False
         core.replay = core.random = core.unjudged = None

@@ -36,7 +36,9 @@ class StepStats(Mapping[str, Any]):
     ``second_pass``
         ``"taken"``; ``"head"``, taken for the head alone; ``"every"``, left out as ``sam_every`` says; ``"unchanged"``,
         left out as the perturbation has moved no weight; ``"no closure"``; ``"off"`` where rho is 0. None where the
-        first gradient was unusable.
+        first gradient was unusable. With ``mode="released"`` ``"head"`` or ``"whole"``, see
+        :class:`igm_rs.Released`, whose F is ``loss_perturbed`` then, and whose (1 − w) L + w F has the gradient of
+        ``grad_norm_perturbed``.
     ``effective_perturbation``, ``moved``
         ‖realised ε‖ / ‖ε*‖ (None with ``adaptive``), and the share of weights with a gradient that the perturbation
         really changed; on CUDA measured at the first step of each turn.
@@ -139,11 +141,13 @@ def effective_perturbation(figures: Mapping[str, Any]) -> tuple[float | None, fl
     measured = figures.get("perturbation")
     if measured is None:
         return None, None
-    realised, moved, with_gradient = measured.tolist()
+    realised, moved, with_gradient, *length_asked = measured.tolist()
     norm = float(figures["climb_norm"])
     if not (math.isfinite(norm) and norm > 0):
         return None, None
-    if figures["asked"] is None:
+    if length_asked:
+        length = _ratio(realised, length_asked[0])
+    elif figures["asked"] is None:
         length = None
     else:
         p, parts = figures["asked"]
