@@ -118,7 +118,8 @@ def test_every_value_can_be_overridden(monkeypatch, tmp_path):
         "trunk_tau": ("10", 10.0), "alpha": ("0.2", 0.2), "scope": ("0.3", 0.3),
         "sources": ("a=none,b=a", {"a": None, "b": "a"}), "rates": ("0.1 0.2", (0.1, 0.2)),
         "learning_rate": ("0.4", 0.4), "tuning_seeds": ("1 2 3", (1, 2, 3)), "first_seed": ("50", 50),
-        "seeds": ("4", 4), "protocol": ("paper", "paper"), "network": ("default", "default"), "schedule": ("plateau", "plateau"),
+        "seeds": ("4", 4), "protocol": ("paper", "paper"), "network": ("default", "default"),
+        "schedule": ("plateau", "plateau"),
         "patience": ("2", 2), "released": ("shape kept", ("kept", "shape")),
     }  # fmt: skip
     assert {each.name for each in fields(Config)} - set(given) == {"data"}
@@ -426,6 +427,19 @@ def test_a_missing_package_is_named_with_what_to_install(package, tmp_path):
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert told.returncode == 1
     assert told.stderr == f"error: the experiments need {package}: pip install 'igm-rs[experiments]'\n"
+
+
+@pytest.mark.parametrize("package", ["soundfile", "torchvision", "PIL", "torchaudio"])
+def test_a_package_that_decodes_is_named_with_its_extra(package, tmp_path):
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from igm_rs.experiments.command import main\n"
+        f"sys.exit(main(['data', 'check', 'crema-d', {str(tmp_path)!r}]))"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert told.returncode == 1
+    expected = f"error: the paper's data sets and networks need {package}: pip install 'igm-rs[paper]'\n"
+    assert told.stderr == expected
 
 
 def test_any_other_missing_package_is_no_matter_of_the_extra():

@@ -120,6 +120,11 @@ def test_what_is_measured_does_not_depend_on_the_portions(filed, monkeypatch):
     monkeypatch.setattr("igm_rs.experiments.networks.AT_ONCE", 10)
     parts = model.logits(inputs)
     assert model.training
+    monkeypatch.setattr("igm_rs.experiments.networks.NUMBERS_AT_ONCE", 21)  # three examples of 7 numbers
+    sizes = [len(own["a"]) for own in model._portions(inputs)]
+    assert set(sizes) == {3}
+    monkeypatch.setattr("igm_rs.experiments.networks.NUMBERS_AT_ONCE", 1)
+    assert len(list(model._portions(inputs))) == len(filed.train)
     for name in NAMES:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-6)  # other sizes of matrix products
 

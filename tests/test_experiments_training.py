@@ -12,8 +12,8 @@ from igm_rs.experiments import data, registering, training
 from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.data import Split
 from igm_rs.experiments.evaluation import evaluate
-from igm_rs.experiments.methods import METHODS, Row
 from igm_rs.experiments.feeding import batch_stream
+from igm_rs.experiments.methods import METHODS, Row
 from igm_rs.experiments.training import Stopped, Training, turns_of
 
 registering.register_files([Path(__file__).with_name("toy_sets.py")])

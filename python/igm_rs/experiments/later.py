@@ -196,8 +196,8 @@ def run(data: DataSet, setting: Setting) -> Outcome:
         snapshots[view] = copy.deepcopy(model)
     split = data.open_test() if setting.final else data.validation
     return Outcome(
-        {view: _accuracy(snapshot, view, split.inputs[view], split.labels) for view, snapshot in snapshots.items()},
-        {view: _accuracy(model, view, split.inputs[view], split.labels) for view in views},
+        {view: _accuracy(snapshot, view, split.inputs[view][:], split.labels) for view, snapshot in snapshots.items()},
+        {view: _accuracy(model, view, split.inputs[view][:], split.labels) for view in views},
         fmean(cosines) if cosines else None,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -30,7 +31,10 @@ FEATURES = 64
 """Size d of the output of every encoder here, so that one head can serve all modalities."""
 
 AT_ONCE = 64
-"""Examples of a column that are decoded and measured at a time."""
+"""Examples of a column that are decoded and measured at a time, at most,"""
+
+NUMBERS_AT_ONCE = 2**26
+"""and numbers in them, unless one example has more."""
 
 READINGS = 4
 """The shortest series that :class:`SeriesEncoder` takes."""
@@ -308,7 +312,11 @@ class Branches(nn.Module):
         """Yield the examples on the network's device: all at once, or of columns so many at a time."""
         own = {name: inputs[name] for name in self.encoders}
         count = len(next(iter(own.values())))
-        size = AT_ONCE if any(isinstance(values, Column) for values in own.values()) else count
+        columns = [values for values in own.values() if isinstance(values, Column)]
+        size = count
+        if columns:
+            largest = max(math.prod(values.shape[1:]) for values in columns)
+            size = min(AT_ONCE, max(1, NUMBERS_AT_ONCE // largest))
         for start in range(0, count, size):
             yield {name: values[start : start + size].to(self.device) for name, values in own.items()}
 

@@ -1,0 +1,256 @@
+"""The paper's five sets from small trees: one command trains, measures, resumes, and prints the table or the figure."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import trees_a
+import trees_b
+
+from igm_rs.experiments import command, configuration, data, running, tables
+from igm_rs.experiments.columns import Reading
+from igm_rs.experiments.configuration import load_config
+from igm_rs.experiments.methods import Row
+from igm_rs.experiments.running import Job, Source
+
+WRITERS = {
+    "crema-d": trees_a.write_crema,
+    "kinetics-sounds": trees_a.write_kinetics,
+    "twitter2015": trees_b.twitter2015,
+    "sarcasm": trees_b.sarcasm,
+    "nvgesture": trees_b.nvgesture,
+}
+MODALITIES = {
+    "crema-d": ("audio", "video"),
+    "kinetics-sounds": ("audio", "video"),
+    "twitter2015": ("text", "image"),
+    "sarcasm": ("text", "image"),
+    "nvgesture": ("rgb", "flow", "depth"),
+}
+SHORT = ("--network", "small", "--steps", "4", "--turn-steps", "2", "--batch-size", "6", "--seeds", "1")
+QUIET = "ignore:rho = .* is below the resolution of the weights"
+"""What is said of the paper's ρ, and rightly."""
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    """Every tree, written when it is asked for."""
+
+    class Trees(dict):
+        def __missing__(self, name):
+            folder = tmp_path_factory.mktemp(name) / "tree"
+            folder.mkdir()
+            WRITERS[name](folder)
+            self[name] = folder
+            return folder
+
+    return Trees()
+
+
+def words_of(name, trees, *more, out):
+    root = ["--data", name, "--data-root", str(trees[name])]
+    return [*more, *root, *SHORT, "--out", str(out), "--workers", "1"]
+
+
+def records_of(out):
+    found = [json.loads(path.read_text()) for path in sorted(out.rglob("run.json"))]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_set_has_the_papers_configuration(name):
+    config = load_config(name)
+    text_image = name in ("twitter2015", "sarcasm")
+    assert config.base == ("adam" if text_image else "sgd")
+    assert config.learning_rate == (1e-5 if text_image else 1e-2)
+    assert config.batch_size == (6 if name == "nvgesture" else 12)
+    assert config.tau == 0.4
+    assert set(config.rho) == set(MODALITIES[name])
+    assert config.rho == {each: 1e-10 if each == "audio" else 1e-15 for each in MODALITIES[name]}
+    assert (config.momentum, config.weight_decay, config.schedule) == (0.9, 1e-4, "plateau")
+    assert config.steps % config.turn_steps == 0
+    assert (configuration.FOLDER / f"{name}.toml").read_text().startswith("# ")
+
+
+@pytest.mark.filterwarnings(QUIET)
+@pytest.mark.parametrize("name", WRITERS)
+def test_one_command_trains_measures_and_prints_the_table(name, trees, tmp_path, capsys):
+    methods = ["joint-sum", "mla", "igm"] if name == "nvgesture" else ["single", "joint-sum", "sam", "mla", "igm"]
+    assert command.main(words_of(name, trees, "table", "1", "--methods", *methods, out=tmp_path)) == 0
+    told = capsys.readouterr().out
+    assert f"Table 1: all methods. {data.known_set(name).title}" in told
+    assert "Chosen round, test" in told
+    for label in ("joint, sum", "MLA", "IGM"):
+        assert label in told
+    table = tables.Table.read(tmp_path / "tables" / f"table-1-{name}-part.json")
+    assert table.results["modalities"] == list(MODALITIES[name])
+    assert table.results["config"]["network"] == "small"
+    assert f"--data {name} " in table.results["command"]
+    assert str(trees[name]) not in table.results["command"]
+    for record in records_of(tmp_path):
+        scores = record["chosen"]["scores"]
+        assert set(scores) == {"accuracy", "by_origin", "map", "macro_f1", "nll"}
+        assert record["device"] == "cpu"
+        assert record["skipped"] == 0
+
+
+@pytest.mark.filterwarnings(QUIET)
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_interrupted_run_goes_on_to_the_same_numbers(name, trees, tmp_path):
+    whole, left = tmp_path / "whole", tmp_path / "left"
+    train = ("train", "--method", "igm")
+    assert command.main(words_of(name, trees, *train, out=whole)) == 0
+    (record,) = records_of(whole)
+
+    source = Source(trees[name], (), Reading())
+    overrides = {"network": "small", "steps": 4, "turn_steps": 2, "batch_size": 6, "seeds": 1}
+    config = load_config(name, overrides)
+    job = Job(config, Row("igm", MODALITIES[name]), config.first_seed, config.learning_rate, True)
+    folder = job.folder(left, source.digest(config))
+    calls = iter(range(100))
+    stop = lambda: next(calls) == 3  # noqa: E731  # in the middle of the second turn
+    assert running.run_job(job, source.of(config), folder, lambda _: None, stop) is None
+    assert (folder / "checkpoint.pt").is_file()
+
+    assert command.main(words_of(name, trees, *train, "--resume", "--loaders", "1", out=left)) == 0
+    (again,) = records_of(left)
+    assert not (folder / "checkpoint.pt").exists()
+    for told in ("curve", "chosen", "last", "temperatures"):
+        assert again[told] == record[told]
+
+
+def test_what_comes_with_a_command_is_in_the_command_of_its_table(trees, tmp_path, capsys):
+    folder = tmp_path / "shared"
+    shutil.copytree(trees["crema-d"], folder)
+    listed = (folder / "annotations" / "train.csv").read_text()
+    (folder / "annotations" / "valid.csv").write_text("".join(line + "\n" for line in listed.splitlines()[:6]))
+    (folder / "annotations" / "train.csv").write_text(
+        "".join(line + "\n" for line in [*listed.splitlines()[6:], "1001_no_such,NEU"])
+    )
+    words = [
+        "table",
+        "2",
+        "--data",
+        "crema-d",
+        "--data-root",
+        str(folder),
+        *SHORT,
+        "--rho",
+        "0.05",
+        "--workers",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert command.main(words) == 1
+    said = capsys.readouterr().err
+    assert "train.csv, line 13" in said
+    assert "--skip-broken" in said
+    assert command.main([*words, "--skip-broken"]) == 0
+    caught = capsys.readouterr()
+    assert caught.err.startswith("left out of crema-d: 1 ")
+    table = tables.Table.read(tmp_path / "tables" / "table-2-crema-d.json")
+    assert "--skip-broken" in table.results["command"]
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 5])
+def test_every_table_of_the_paper_is_made_from_a_tree(number, trees, tmp_path, capsys):
+    words = words_of("crema-d", trees, "table", str(number), out=tmp_path)
+    assert command.main([*words, "--rho", "0.05"]) == 0
+    assert capsys.readouterr().out.lstrip().startswith(f"Table {number}: ")
+    assert (tmp_path / "tables" / f"table-{number}-crema-d.md").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:tight_layout|constrained_layout")
+@pytest.mark.parametrize("name", ["1", "3", "4", "5a", "5c"])
+def test_every_figure_of_the_paper_is_made_from_a_tree(name, trees, tmp_path, monkeypatch):
+    monkeypatch.setattr("igm_rs.experiments.figures.POINTS", 3)
+    monkeypatch.setattr("igm_rs.experiments.figures.TIMING", 0.2)
+    monkeypatch.setattr("igm_rs.analysis.TAUS", (0.4, 10.0))
+    monkeypatch.setattr("igm_rs.analysis.RHOS", (1e-10, 0.05))
+    words = words_of("crema-d", trees, "figure", name, out=tmp_path)
+    if name == "5c":  # times one training of each
+        at = words.index("--seeds")
+        del words[at : at + 2]
+    assert command.main([*words, "--rho", "0.05"]) == 0
+    told = json.loads((tmp_path / "figures" / f"figure-{name}-crema-d.json").read_text())
+    assert told["config"]["network"] == "small"
+    assert (tmp_path / "figures" / f"figure-{name}-crema-d.png").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_figure_5b_fine_tunes_the_clip_that_is_given(trees, tmp_path, capsys):
+    clip = tmp_path / "clip"
+    trees_b.clip(clip, ["awful", "plain", "lovely", "ann", "bob", "and", "today"])
+    words = ["figure", "5b", "--data", "twitter2015", "--data-root", str(trees["twitter2015"]), "--steps", "4"]
+    words += ["--turn-steps", "2", "--batch-size", "6", "--seeds", "2", "--workers", "1", "--out", str(tmp_path)]
+    assert command.main(words) == 1
+    assert "--weights text=" in capsys.readouterr().err
+    assert command.main([*words, "--weights", f"text={clip}", f"image={clip}"]) == 0
+    told = json.loads((tmp_path / "figures" / "figure-5b-twitter2015.json").read_text())
+    assert told["command"].endswith("--weights text=clip --weights image=clip")
+    assert "--network" not in told["command"]
+    runs = told["numbers"]["runs"]
+    assert set(runs) == {"frozen", "pretrained"}
+    for network in runs.values():
+        assert set(network) == {"joint-sum", "mla", "igm"}
+        assert all(len(each) == 2 for each in network.values())
+    assert [run["parameters"] for run in runs["frozen"]["igm"]] == [
+        run["parameters"] for run in runs["pretrained"]["igm"]
+    ]
+    assert "Encoders frozen" in told["caption"]
+    assert "IGM over plain" in told["caption"]
+
+
+# igm-rs data check
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_whole_folder_is_said_to_be_one(name, trees, capsys):
+    assert command.main(["data", "check", name, str(trees[name]), "--network", "small"]) == 0
+    told = capsys.readouterr().out
+    for each in MODALITIES[name]:
+        assert each in told
+
+
+def test_a_broken_folder_is_said_to_be_one(trees, tmp_path, capsys):
+    folder = tmp_path / "tree"
+    shutil.copytree(trees["crema-d"], folder)
+    path = next((folder / "AudioWAV").iterdir())
+    trees_a.cut(path)
+    assert command.main(["data", "check", "crema-d", str(folder)]) == 1
+    assert path.name in capsys.readouterr().out
+    assert command.main(["data", "check", "crema-d", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err.startswith(
+        f"error: folder {tmp_path / 'nowhere'} does not exist, expected one of crema-d:"
+    )
+    assert command.main(["data", "check", "watch", str(folder)]) == 1
+    assert "expected one that lies in a folder" in capsys.readouterr().err
+
+
+def test_a_device_that_is_none_is_refused(trees, tmp_path, capsys):
+    words = words_of("crema-d", trees, "train", "--method", "igm", out=tmp_path)
+    assert command.main([*words, "--device", "toaster"]) == 1
+    assert capsys.readouterr().err.startswith("error: device is 'toaster', expected one that torch can use: ")
+    if not torch.cuda.is_available():
+        assert command.main([*words, "--device", "cuda"]) == 1
+        assert capsys.readouterr().err.startswith("error: device is 'cuda', expected one that torch can use: ")
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings(QUIET)
+def test_a_set_is_trained_on_a_gpu(trees, tmp_path):
+    words = words_of("crema-d", trees, "train", "--method", "igm", "mla", out=tmp_path)
+    assert command.main([*words, "--device", "cuda", "--loaders", "1"]) == 0
+    assert {record["device"] for record in records_of(tmp_path)} == {"cuda"}
+
+
+def test_the_folder_is_not_in_what_is_kept(trees, tmp_path):
+    source = Source(Path(trees["crema-d"]), (), Reading())
+    moved = tmp_path / "moved"
+    shutil.copytree(trees["crema-d"], moved)
+    config = load_config("crema-d", {"network": "small"})
+    assert source.digest(config) == Source(moved, (), Reading()).digest(config)
