@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from .data import Array, DataSet, Floats, expect, read, register, words
+from .columns import Reading
+from .data import Array, DataSet, Floats, Mask, expect, read, register, words
 
-__all__ = ["ARCHIVES", "windows"]
+__all__ = ["ARCHIVES", "ClipArt", "clip_art", "windows"]
 
 ARCHIVES = Path(__file__).with_name("archives")
 """Where the archives lie; ``LICENCES.md`` beside them tells what they hold, on what terms, and what to cite."""
@@ -133,16 +135,46 @@ def _mfeat(folder: Path) -> DataSet:
     return DataSet.of({view: arrays[view] for view in VIEWS}, labels, validation=part == 1, test=part == 2, file=path)
 
 
-@register(
-    "openclipart",
-    title="openclipart: clip art and its title",
-    licence="public domain",
-    source="Open Clip Art Library; Debian package openclipart 0.18",
-    baselines={"joint": 0.66, "image": 0.42, "title": 0.67},
-    folder=ARCHIVES,
-)
-def _openclipart(folder: Path) -> DataSet:
-    """Pictures and their titles; pictures with the same words in their titles are in one split."""
+@dataclass(frozen=True)
+class ClipArt:
+    """What the archive of ``openclipart`` holds, and who is in which split; the rest is for training.
+
+    Attributes
+    ----------
+    images : ndarray of uint8
+        ``(n, 32, 32, 3)``.
+    titles : ndarray of str
+        ``(n,)``.
+    labels, origins : ndarray of int
+        ``(n,)``; pictures with the same words in their titles have one origin.
+    validation, test : ndarray of bool
+        ``(n,)``.
+    class_names : list of str
+        One a class.
+    file : Path
+        The archive.
+    """
+
+    images: npt.NDArray[np.uint8]
+    titles: Array
+    labels: Array
+    origins: npt.NDArray[np.int64]
+    validation: Mask
+    test: Mask
+    class_names: list[str]
+    file: Path
+
+
+def clip_art(folder: Path) -> ClipArt:
+    """Read, check and split the archive of ``openclipart``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there.
+    ValueError
+        If it is not as expected: names the file and the reason.
+    """
     path = folder / "openclipart.npz"
     arrays = read(path, {"image": 4, "title": 1, "label": 1, "fold": 1, "classes": 1})
     images, titles, fold = arrays["image"], arrays["title"], arrays["fold"]
@@ -153,21 +185,42 @@ def _openclipart(folder: Path) -> DataSet:
     expect(arrays["classes"].dtype.kind == "U", path, f"classes has dtype {arrays['classes'].dtype}, expected strings")
     counts = [len(arrays[name]) for name in ("image", "title", "label", "fold")]
     expect(len(set(counts)) == 1, path, f"image, title, label and fold have {counts} entries, expected one a picture")
-    step = 32 // SIDE
-    small = images.reshape(-1, SIDE, step, SIDE, step, 3).mean((2, 4), dtype=np.float32)
     texts = [" ".join(words(str(title))) for title in titles]
     _, origins = np.unique(np.asarray(texts, dtype=np.str_), return_inverse=True)
     test = fold == TEST_FOLD
     # Some titles of different folds are the same but for signs ("Volley-ball"): their pictures are trained with.
     training = np.isin(origins, origins[(fold != TEST_FOLD) & (fold != VALIDATION_FOLD)])
+    validation = (fold == VALIDATION_FOLD) & ~training
+    names = [str(name) for name in arrays["classes"]]
+    return ClipArt(images, titles, arrays["label"], origins, validation, test, names, path)
+
+
+@register(
+    "openclipart",
+    title="openclipart: clip art and its title",
+    licence="public domain",
+    source="Open Clip Art Library; Debian package openclipart 0.18",
+    baselines={"joint": 0.66, "image": 0.42, "title": 0.67},
+    folder=ARCHIVES,
+    networks=("default", "pretrained", "frozen"),
+)
+def _openclipart(folder: Path, reading: Reading) -> DataSet:
+    """Pictures and their titles; pictures with the same words in their titles are in one split."""
+    if reading.network != "default":
+        from .pretrained import openclipart
+
+        return openclipart(folder, reading)
+    art = clip_art(folder)
+    step = 32 // SIDE
+    small = art.images.reshape(-1, SIDE, step, SIDE, step, 3).mean((2, 4), dtype=np.float32)
     return DataSet.of(
-        {"image": small.transpose(0, 3, 1, 2), "title": titles},
-        arrays["label"],
-        validation=(fold == VALIDATION_FOLD) & ~training,
-        test=test,
-        origins=origins,
-        class_names=[str(name) for name in arrays["classes"]],
-        file=path,
+        {"image": small.transpose(0, 3, 1, 2), "title": art.titles},
+        art.labels,
+        validation=art.validation,
+        test=art.test,
+        origins=art.origins,
+        class_names=art.class_names,
+        file=art.file,
     )
 
 
