@@ -431,9 +431,10 @@ def test_autocast_around_the_step_is_autocast_in_the_closure(mode):
         closure = released if mode == "released" else papers
         with opt.turn("audio"):
             if around:
-                in_half(lambda: opt.step(closure))()
+                in_half(lambda: [opt.step(closure) for _ in range(2)])()
             else:
-                opt.step(in_half(closure))
+                for _ in range(2):
+                    opt.step(in_half(closure))
         return [*model.parameters(), torch.tensor(opt.last_stats["loss_perturbed"])]
 
     assert all(map(torch.equal, end(around=False), end(around=True)))
@@ -621,6 +622,22 @@ def test_a_parameter_of_one_pass_alone(base):
     if base is torch.optim.SGD:
         assert model.second.item() == pytest.approx(1 - 0.5 * gradient)
     assert model.first.grad is None
+
+
+def test_forward_passes_before_a_step_are_no_features_of_it():
+    """Of a turn that gathers: the step's own closure is what counts."""
+    found = []
+    for stray in (False, True):
+        model = net()
+        opt = model.optimizer(mode=Released(gather="turn"))
+        one, other = batches(TWO, 2)["audio"]
+        with opt.turn("audio"):
+            if stray:
+                closure_for(model, "audio", other)()
+            opt.step(closure_for(model, "audio", one))
+        found.append(opt.covariances)
+    assert found[0]["audio"]
+    assert not differences(*found)
 
 
 def test_a_perturbation_below_the_resolution_is_warned_about():

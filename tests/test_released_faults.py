@@ -165,6 +165,28 @@ def test_without_atomic_the_weights_are_those_before_a_base_that_fails():
     assert differences(scene.state()["weights"], before["weights"])
 
 
+def test_what_is_perturbed_and_not_stepped_is_restored_where_the_base_fails():
+    """A parameter that only L depends on, where F alone has a say in the gradient."""
+    kind = failing(torch.optim.SGD, raise_fault)
+    model = torch.nn.Linear(2, 1).double()
+    model.idle = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    opt = IGMOptimizer(kind(model.parameters(), lr=0.1), mode=Released(flat_ratio=1.0))
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure():
+        y = model(torch.ones(3, 2, dtype=torch.float64)).sum()
+        return y * model.idle, lambda: model(torch.ones(3, 2, dtype=torch.float64)).sum()
+
+    opt.base.left = 0.5
+    with pytest.raises(InjectedError), opt.turn("all"):
+        opt.step(closure)
+    assert all(map(torch.equal, before, model.parameters()))
+    opt.base.left = None
+    with opt.turn("all"):
+        opt.step(closure)
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
 WATCHED = [PACKAGE, *(TORCH / "optim" / name for name in ("optimizer.py", "sgd.py", "adam.py"))]
 
 
