@@ -151,7 +151,7 @@ def test_what_comes_with_a_command_is_in_the_command_of_its_table(trees, tmp_pat
     assert "--skip-broken" in said
     assert command.main([*words, "--skip-broken"]) == 0
     caught = capsys.readouterr()
-    assert caught.err.startswith("left out of crema-d: 1 ")
+    assert caught.err.startswith("left out of crema-d: 2 missing files; see igm-rs data check\n")
     table = tables.Table.read(tmp_path / "tables" / "table-2-crema-d.json")
     assert "--skip-broken" in table.results["command"]
 
@@ -224,9 +224,7 @@ def test_a_broken_folder_is_said_to_be_one(trees, tmp_path, capsys):
     assert command.main(["data", "check", "crema-d", str(folder)]) == 1
     assert path.name in capsys.readouterr().out
     assert command.main(["data", "check", "crema-d", str(tmp_path / "nowhere")]) == 1
-    assert capsys.readouterr().err.startswith(
-        f"error: folder {tmp_path / 'nowhere'} does not exist, expected one of crema-d:"
-    )
+    assert f"folder {tmp_path / 'nowhere'} does not exist" in capsys.readouterr().out
     assert command.main(["data", "check", "watch", str(folder)]) == 1
     assert "expected one that lies in a folder" in capsys.readouterr().err
 

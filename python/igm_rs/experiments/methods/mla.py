@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 import igm_rs
 from igm_rs.experiments.configuration import Config
@@ -51,3 +53,21 @@ class Mla(Method):
             alpha=config.alpha,
             batches=batches,
         )
+
+    def take_step(
+        self,
+        model: Branches,
+        optimizer: torch.optim.Optimizer,
+        active: Sequence[str],
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        config: Config,
+    ) -> Tensor:
+        """Take a step; in a turn if the modality has nothing of its own to train, as nothing else tells whose it is."""
+        (name,) = active
+        own = [p for part in model.parts_of(name) if part is not model.head for p in part.parameters()]
+        entered: AbstractContextManager[object] = nullcontext()
+        if isinstance(optimizer, igm_rs.IGMOptimizer) and not any(p.requires_grad for p in own):
+            entered = optimizer.turn(name)
+        with entered:
+            return super().take_step(model, optimizer, active, inputs, labels, config)
