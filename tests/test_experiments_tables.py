@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from igm_rs.experiments import command, evaluation, grids, listing, page, plans, reproduction, tables
+from igm_rs.experiments.configuration import LATER, Config
 from igm_rs.experiments.plans import Line
 
 NAMES = ("audio", "video")
@@ -566,6 +567,15 @@ def test_the_same_table_is_reproduced(first):
     # 2 sets of weights, 4 measures; 2 + 2 + 8 + 6 + 6 + 6 predictions
     assert (found.exact, found.figures, found.largest, found.problems) == (True, 2 * 4 * 30, 0.0, ())
     assert found.text.startswith("reproduced: 240 figures compared, largest difference 0.000000; made with the same")
+
+
+def test_a_table_from_before_a_value_came_was_made_with_its_default(first):
+    stored = json.loads(first.json())
+    fresh = json.loads(first.json())
+    fresh["config"] = {**stored["config"], **{name: Config().plain()[name] for name in LATER}}
+    assert reproduction.compare(fresh, stored).problems == ()
+    fresh["config"]["schedule"] = "plateau"
+    assert reproduction.compare(fresh, stored).problems == ("schedule is 'plateau', stored 'cosine'",)
 
 
 def test_the_same_arithmetic_must_give_the_same_figures(first):

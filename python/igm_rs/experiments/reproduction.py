@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .configuration import LATER, Config
 from .statistics import Summary
 from .tables import figures
 
@@ -129,7 +130,7 @@ def _other_things(fresh: Results, stored: Results) -> Iterator[str]:
     for name in ("table", "dataset", "protocol"):
         if fresh[name] != stored[name]:
             yield f"{name} is {fresh[name]!r}, stored {stored[name]!r}"
-    mine, theirs = fresh["config"], stored["config"]
+    mine, theirs = ({**_defaults_of_later(), **results["config"]} for results in (fresh, stored))
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             yield f"{name} is {mine.get(name)!r}, stored {theirs.get(name)!r}"
@@ -144,6 +145,12 @@ def _other_things(fresh: Results, stored: Results) -> Iterator[str]:
     for key, rate in stored_rates(fresh).items():
         if key in kept and kept[key] != rate:
             yield f"row {key} has learning rate {rate:g}, stored {kept[key]:g}"
+
+
+def _defaults_of_later() -> dict[str, Any]:
+    """Return the values that older results were made with and do not have."""
+    plain = Config().plain()
+    return {name: plain[name] for name in LATER}
 
 
 def _other_choices(chosen: Results, stored: Results) -> Iterator[str]:
