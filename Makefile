@@ -14,7 +14,7 @@ BUILD_ENV := $(BIN)/python build_backend/igm_build.py
 BUILD_FILES := pyproject.toml build_backend/igm_build.py
 SOURCES := $(BUILD_FILES) Cargo.toml Cargo.lock build.rs .cargo/config.toml $(wildcard src/*.* src/python/*)
 
-.PHONY: install demo later test test-long contract test-install lint bench bench-cuda wheel clean
+.PHONY: install demo later test test-long contract test-install lint bench bench-networks bench-cuda wheel clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -61,8 +61,12 @@ lint: install
 bench: install
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
 
+bench-networks: install
+	$(BIN)/python -m benchmarks.networks $(BENCH_FLAGS)
+
 bench-cuda: install
 	$(BIN)/python -m benchmarks.run --device cuda $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.networks --device cuda $(BENCH_FLAGS)
 
 wheel: $(VENV)/.build-tools
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -35,7 +35,10 @@ from .timing import summary
 SIDES = ("plain", "IGM")
 ADAM: dict[str, Any] = {"lr": 1e-5}
 FEWEST = 3
-"""Steps that are timed at least, after one that is not."""
+"""Steps that are timed at least, after one that is not,"""
+
+LONG = 20.0
+"""unless one takes so many seconds: then it is the only one."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ def measured(key: str, side: str, setting: Setting) -> dict[str, float]:
         step()
         begin = time.perf_counter()
         while len(times) < setting.fewest(FEWEST) or time.perf_counter() - begin < setting.seconds:
+            if times and times[-1] > LONG * 1e3:
+                break
             _wait(setting)
             start = time.perf_counter()
             step()

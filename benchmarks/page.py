@@ -30,7 +30,7 @@ _INTRODUCTION = (
 
 
 _OF_NETWORKS = (
-    "`python -m benchmarks.networks` measures these, on a GPU with `--device cuda`: encoder and head with random "
+    "`make bench-networks` measures these, on a GPU with `--device cuda`: encoder and head with random "
     "weights, a synthetic batch as large as the paper's, the paper's base optimizer alone and with IGM around it "
     "(ρ = 0.05; features are gathered, and the T's of a turn of the modality before act on the head). "
     "Each side runs in a process of its own. Given are the median time of a step with the interquartile range in "

@@ -261,7 +261,6 @@ def test_network_that_fails_is_told(monkeypatch, tmp_path):
     )
 
 
-@pytest.mark.skipif(not OF_NETWORKS.exists(), reason="no run of the networks is committed")
 def test_committed_run_has_every_network():
     results = json.loads(OF_NETWORKS.read_text(encoding="utf-8"))
     assert not results["quick"]
