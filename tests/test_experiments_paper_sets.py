@@ -1,8 +1,10 @@
 """The paper's five sets from small trees: one command trains, measures, resumes, and prints the table or the figure."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from igm_rs.experiments.columns import Reading
 from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.methods import Row
 from igm_rs.experiments.running import Job, Source
+from igm_rs.experiments.training import Training
 
 WRITERS = {
     "crema-d": trees_a.write_crema,
@@ -252,3 +255,32 @@ def test_the_folder_is_not_in_what_is_kept(trees, tmp_path):
     shutil.copytree(trees["crema-d"], moved)
     config = load_config("crema-d", {"network": "small"})
     assert source.digest(config) == Source(moved, (), Reading()).digest(config)
+
+
+@pytest.mark.filterwarnings(QUIET)
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_epoch_of_every_loader_through_its_network(name, trees):
+    """Every training example once (but for a short last batch), decoded, through encoder and head, forth and back."""
+
+    class Noted(Training):
+        seen: ClassVar[dict] = {}
+
+        def step_on(self, active, chosen, inputs):
+            (modality,) = active
+            assert len(inputs[modality]) == len(chosen)
+            self.seen.setdefault(modality, []).extend(chosen.tolist())
+            return super().step_on(active, chosen, inputs)
+
+    Noted.seen = {}
+    found = data.load(name, trees[name], Reading(network="small"))
+    batches = len(found.train) // 6
+    config = load_config(name, {"network": "small", "batch_size": 6, "steps": batches, "turn_steps": batches})
+    training = Noted(found.without_test(), Row("igm", MODALITIES[name]), config, 1e-3, 3)
+    before = {key: value.clone() for key, value in training.model.state_dict().items()}
+    trained = training.run()
+    for modality in MODALITIES[name]:
+        assert len(set(Noted.seen[modality])) == len(Noted.seen[modality]) == 6 * batches
+    assert all(math.isfinite(point["loss"]) for point in trained.curve)
+    after = trained.weights["last"]
+    still = [key for key, value in training.model.named_parameters() if torch.equal(before[key], after[key])]
+    assert [key for key in still if "embedding" not in key] == []  # words that no text has do not move
