@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import filed_sets
 import pytest
 
 import igm_rs
@@ -138,6 +139,22 @@ def test_every_value_can_be_overridden(monkeypatch, tmp_path):
         assert command._begin(command._parser().parse_args([*again[1:], "--out", str(tmp_path)]))[1] == config
     words = ["train", "--method", "igm", "--data", "toy", "--scope", "none", "--out", str(tmp_path)]
     assert command._begin(command._parser().parse_args(words))[1].scope is None
+
+
+def test_runs_stand_side_by_side_where_they_are_small(tmp_path):
+    filed_sets.write(tmp_path / "filed")
+    train = ["train", "--method", "igm", "--out", str(tmp_path / "out"), "--data"]
+    filed = ["filed", "--folder", str(tmp_path / "filed")]
+
+    def workers(*words):
+        options = command._parser().parse_args([*train, *words])
+        command._begin(options)
+        return options.workers
+
+    assert workers("mfeat") == configuration.cores()
+    assert workers("mfeat", "--device", "meta") == 1
+    assert workers(*filed) == 1
+    assert workers(*filed, "--workers", "3") == 3
 
 
 def test_version_is_that_of_the_package(capsys):

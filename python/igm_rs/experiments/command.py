@@ -228,6 +228,8 @@ def _begin(options: argparse.Namespace) -> tuple[DataSet, Config, Source]:
         data = source.of(config)
     except TypeError as error:  # what a file of the user's holds
         raise ValueError(str(error)) from error
+    if options.workers is None:  # several at once may be more than a GPU, or the memory, holds
+        options.workers = 1 if data.in_files or options.device != "cpu" else cores()
     if data.left_out:
         print(f"left out of {data.name}: {data.left_out}; see igm-rs data check", file=sys.stderr)
     config.rho_of(data.modalities)
@@ -487,7 +489,10 @@ def _add_run_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Na
         "--out", type=Path, default=OUT, metavar="FOLDER", help="folder of results and runs (default: results)"
     )
     parser.add_argument(
-        "--workers", type=count, default=cores(), metavar="N", help="runs side by side (default: all cores)"
+        "--workers",
+        type=count,
+        metavar="N",
+        help="runs side by side (default: all cores; 1 on a GPU, or of a set that lies in files)",
     )
     parser.add_argument("--resume", action="store_true", help="continue interrupted runs, bit for bit")
     parser.add_argument(
