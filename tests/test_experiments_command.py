@@ -15,6 +15,7 @@ import pytest
 import igm_rs
 from igm_rs.experiments import command, configuration, data, plans, registering, running
 from igm_rs.experiments.configuration import Config, load_config, override
+from igm_rs.experiments.feeding import Means
 from igm_rs.experiments.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +142,7 @@ def test_every_value_can_be_overridden(monkeypatch, tmp_path):
     assert command._begin(command._parser().parse_args(words))[1].scope is None
 
 
-def test_runs_stand_side_by_side_where_they_are_small(tmp_path):
+def test_runs_stand_side_by_side_where_they_are_small(tmp_path, monkeypatch):
     filed_sets.write(tmp_path / "filed")
     train = ["train", "--method", "igm", "--out", str(tmp_path / "out"), "--data"]
     filed = ["filed", "--folder", str(tmp_path / "filed")]
@@ -152,7 +153,8 @@ def test_runs_stand_side_by_side_where_they_are_small(tmp_path):
         return options.workers
 
     assert workers("mfeat") == configuration.cores()
-    assert workers("mfeat", "--device", "meta") == 1
+    monkeypatch.setattr(command, "_means", lambda options: Means("cuda", 0))
+    assert workers("mfeat", "--device", "cuda") == 1
     assert workers(*filed) == 1
     assert workers(*filed, "--workers", "3") == 3
 

@@ -7,15 +7,17 @@ import math
 import filed_sets
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from torch import nn
 
-from igm_rs.experiments import data, store
-from igm_rs.experiments.columns import Reading
+from igm_rs.experiments import data, evaluation, store
+from igm_rs.experiments.columns import Reading, seeded
 from igm_rs.experiments.configuration import DEVIATIONS, Config
 from igm_rs.experiments.feeding import Means, feed
 from igm_rs.experiments.methods import METHODS, Row
 from igm_rs.experiments.networks import AT_ONCE, Branches, Frozen, frozen
 from igm_rs.experiments.training import Stopped, Training
+from igm_rs.released import mixup, mixup_loss
 
 NAMES = ("a", "b")
 TINY = Config(data="filed", steps=12, turn_steps=4, batch_size=8, seeds=1, tuning_seeds=(1,))
@@ -74,6 +76,44 @@ def test_torchs_own_generator_is_left_alone(filed):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.cuda
+def test_the_generator_of_a_gpu_is_left_alone(filed):
+    torch.cuda.manual_seed(5)
+    before = torch.cuda.get_rng_state()
+    batches(filed.train.inputs["a"])
+    Branches.of(filed, NAMES, head="own", seed=0)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_only_torchs_own_generator_is_seeded(monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds every device"))
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=r"^inside$"), seeded(3):
+        first = torch.rand(2)
+        raise RuntimeError("inside")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, torch.rand(2, generator=torch.Generator().manual_seed(3)))
+
+
+class Torn(filed_sets.Rows):
+    """A column, one file of which cannot be decoded."""
+
+    def example(self, place, seed):
+        if place == 4:
+            raise ValueError(f"file {self.paths[4].name} is torn")
+        return super().example(place, seed)
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_file_that_cannot_be_decoded_is_said_as_it_was(filed, loaders):
+    torn = Torn(filed.train.inputs["a"].paths, 5)
+    with pytest.raises(ValueError, match=r"^file 004.npy is torn$"):
+        batches(torn, loaders=loaders, count=6)
+    split = dataclasses.replace(filed.train, inputs={**filed.train.inputs, "a": torn})
+    with pytest.raises(ValueError, match=r"^file 004.npy is torn$"):
+        Branches.of(filed, NAMES, head="own", seed=0).measured(split.inputs, Means(loaders=loaders))
+
+
 def test_a_column_is_indexed_like_a_tensor(filed):
     column = filed.train.inputs["b"]
     assert column[2:5].shape == (3, 7)
@@ -104,6 +144,26 @@ def test_every_method_trains_on_files_and_goes_on_to_the_bit_in_the_middle_of_a_
     assert all(math.isfinite(point["loss"]) for point in whole.curve)
 
 
+@pytest.mark.parametrize("step", range(1, 24, 2))
+def test_the_released_arithmetic_goes_on_to_the_bit_wherever_it_is_left(filed, step):
+    whole = Training(filed.without_test(), Row("released", NAMES), TINY, 0.05, 7).run()
+    left, again = (Training(filed.without_test(), Row("released", NAMES), TINY, 0.05, 7) for _ in range(2))
+    with pytest.raises(Stopped):
+        left.run(stop=lambda: left.done == step)
+    again.load_state(left.state())
+    found = again.run()
+    assert found.curve == whole.curve
+    assert all(torch.equal(found.weights["last"][name], value) for name, value in whole.weights["last"].items())
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_refused(filed):
+    training = Training(filed.without_test(), Row("igm", NAMES), TINY, 0.05, 7)
+    state = training.state()
+    state["random"] = state["random"] * 2
+    with pytest.raises(ValueError, match=r"^its random numbers are those of another kind of device, expected cpu$"):
+        training.load_state(state)
+
+
 def test_a_training_learns_from_files(filed):
     config = dataclasses.replace(TINY, steps=90, turn_steps=15)
     trained = Training(filed.without_test(), Row("igm", NAMES), config, 0.05, 7).run()
@@ -119,12 +179,15 @@ def test_what_is_measured_does_not_depend_on_the_portions(filed, monkeypatch):
     whole = model.logits(inputs)
     monkeypatch.setattr("igm_rs.experiments.networks.AT_ONCE", 10)
     parts = model.logits(inputs)
+    beside, none = model.measured(inputs, Means(loaders=2))
+    assert none is None
+    assert all(torch.equal(beside[name], parts[name]) for name in NAMES)
     assert model.training
-    monkeypatch.setattr("igm_rs.experiments.networks.NUMBERS_AT_ONCE", 21)  # three examples of 7 numbers
-    sizes = [len(own["a"]) for own in model._portions(inputs)]
+    monkeypatch.setattr("igm_rs.experiments.feeding.NUMBERS_AT_ONCE", 21)  # three examples of 7 numbers
+    sizes = [len(own["a"]) for own in model._portions(inputs, Means())]
     assert set(sizes) == {3}
-    monkeypatch.setattr("igm_rs.experiments.networks.NUMBERS_AT_ONCE", 1)
-    assert len(list(model._portions(inputs))) == len(filed.train)
+    monkeypatch.setattr("igm_rs.experiments.feeding.NUMBERS_AT_ONCE", 1)
+    assert len(list(model._portions(inputs, Means()))) == len(filed.train)
     for name in NAMES:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-6)  # other sizes of matrix products
 
@@ -282,35 +345,88 @@ def test_without_a_deviation_it_is_igm_to_the_bit(filed):
         assert torch.equal(none[name], value), name
 
 
-@pytest.mark.parametrize("deviation", DEVIATIONS)
+STEPPED = tuple(name for name in DEVIATIONS if name not in ("shape", "best", "macro-f1"))
+"""Those that make other weights here: in these heads each layer has one partner, by place as by shape, and each turn
+ends at better weights than the one before."""
+
+
+@pytest.mark.parametrize("deviation", STEPPED)
 def test_each_deviation_makes_a_difference(filed, deviation):
-    if deviation == "shape":  # in these heads each layer has one partner, by place as by shape
-        config = dataclasses.replace(TINY, released=(deviation,))
-        optimizer = Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7).optimizer
-        assert optimizer._core.projection.options.pairing == "shape"
-        return
     igm = Training(filed.without_test(), Row("igm", NAMES), TINY, 0.05, 7).run().weights["last"]
     config = dataclasses.replace(TINY, released=(deviation,))
     other = Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7).run().weights["last"]
     assert any(not torch.equal(other[name], value) for name, value in igm.items())
 
 
-def test_a_rebuilt_turn_begins_at_the_best_weights(filed):
-    """The turn that follows a worse one starts where the best one ended."""
-    config = dataclasses.replace(TINY, released=("rebuild",))
+def test_every_t_of_equal_shape_is_asked_of_the_optimizer(filed):
+    config = dataclasses.replace(TINY, released=("shape",))
+    optimizer = Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7).optimizer
+    assert optimizer.mode.pairing == "shape"
+
+
+def test_macro_f1_of_the_mean_fusion_chooses(filed, monkeypatch):
+    """The round with the highest one, whatever the accuracy is."""
+    told = iter([0.1, 0.9, 0.2])
+    monkeypatch.setattr("igm_rs.experiments.training.macro_f1_of_mean", lambda *_: next(told))
+    config = dataclasses.replace(TINY, released=("macro-f1",))
+    assert Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7).run().rounds["chosen"] == 2
+
+
+def test_macro_f1_is_that_of_the_mean_fusion(filed):
+    model = Branches.of(filed, NAMES, head="own", seed=0)
+    split = filed.validation
+    guessed = sum(values.double().softmax(1) for values in model.logits(split.inputs).values()).argmax(1)
+    expected = f1_score(split.labels, guessed, average="macro")
+    assert evaluation.macro_f1_of_mean(model, split) == pytest.approx(expected, abs=1e-6)  # float32
+
+
+def test_the_rate_of_the_scripts_is_stepped_before_each_pass_and_begun_anew_each_turn(filed, monkeypatch):
+    monkeypatch.setattr("igm_rs.experiments.methods.released.RATE_PASSES", 2)
+    config = dataclasses.replace(TINY, released=("step-lr",), steps=36, turn_steps=18)  # three passes a turn
+    training = Watched(filed.without_test(), Row("released", NAMES), config, 0.05, 7)
+    training.run()
+    turn = [0.05] * 6 + [0.005] * 12
+    assert training.rates == pytest.approx(turn * 4)
+
+
+def test_a_second_pass_of_the_whole_network_has_the_unmixed_labels(filed):
+    """L(θ) of mixed labels first, then L(θ + ε*) of those that the examples have."""
+    config = dataclasses.replace(TINY, released=("mixed-loss",), rho=0.0)
     training = Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7)
-    seen = []
+    model, chosen = training.model.eval(), torch.arange(8)
+    inputs, labels = {"a": training.examples("a", chosen)}, training.labels(chosen)
+    torch.manual_seed(1)
+    mixed, y_a, y_b, share = mixup(inputs["a"], labels, 1.0)
+    torch.manual_seed(1)
+    first = training.step_on(("a",), chosen, inputs)
+    told = training.optimizer.last_stats
+    model.load_state_dict(Branches.of(filed, NAMES, head="own", seed=7).state_dict())
+    logits = model.branch("a", mixed)
+    torch.testing.assert_close(first, mixup_loss(logits, y_a, y_b, share))
+    torch.testing.assert_close(told["loss_perturbed"], nn.functional.cross_entropy(logits, labels).item())
+
+
+def test_a_turn_begins_at_the_best_weights(filed, monkeypatch):
+    """Where no later turn is as good as the first, all begin where that has ended."""
+    values = iter(range(100, 0, -1))
+    monkeypatch.setattr("igm_rs.experiments.training.of_fusion", lambda *_: next(values))
+    config = dataclasses.replace(TINY, released=("best",))
+    training = Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7)
+    begun = []
     begin = training._begin_turn
 
     def watched(turn):
+        arrived = copy.deepcopy(training.model.state_dict())
         begin(turn)
-        seen.append((training.best, copy.deepcopy(training.model.state_dict())))
+        begun.append((arrived, copy.deepcopy(training.model.state_dict())))
 
     training._begin_turn = watched
     training.run()
-    assert len(seen) == 6
-    for best, now in seen[1:]:
-        assert all(torch.equal(best[name], now[name]) for name in now)
+    assert len(begun) == 6
+    _, first = begun[1]
+    for arrived, left in begun[2:]:
+        assert all(torch.equal(left[name], first[name]) for name in first)
+        assert any(not torch.equal(arrived[name], first[name]) for name in first)
 
 
 def test_the_pass_makes_the_t_of_the_modality_before(filed):

@@ -235,10 +235,32 @@ def test_a_broken_folder_is_said_to_be_one(trees, tmp_path, capsys):
 def test_a_device_that_is_none_is_refused(trees, tmp_path, capsys):
     words = words_of("crema-d", trees, "train", "--method", "igm", out=tmp_path)
     assert command.main([*words, "--device", "toaster"]) == 1
-    assert capsys.readouterr().err.startswith("error: device is 'toaster', expected one that torch can use: ")
+    assert capsys.readouterr().err.startswith("error: device is 'toaster', expected cpu or cuda, which torch can use: ")
+    assert command.main([*words, "--device", "meta"]) == 1
+    assert capsys.readouterr().err.startswith("error: device is 'meta', expected cpu or cuda, which torch can use: ")
     if not torch.cuda.is_available():
         assert command.main([*words, "--device", "cuda"]) == 1
-        assert capsys.readouterr().err.startswith("error: device is 'cuda', expected one that torch can use: ")
+        assert capsys.readouterr().err.startswith(
+            "error: device is 'cuda', expected cpu or cuda, which torch can use: "
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loaders", "1"], "loaders is 1, expected none for mfeat: it does not lie in files"),
+        (["--patience", "3"], "patience is 3 with schedule cosine, expected schedule plateau"),
+        (
+            ["--weights", "fou=here"],
+            "weights is given, expected none for mfeat: it is no set in a folder of the user's",
+        ),
+        (["--network", "small"], "network is 'small', expected one of default for mfeat"),
+        (["--rho", "fou=0.1"], "rho has no 'zer', expected one number, or one for each of fou, zer, mor"),
+    ],
+)
+def test_what_has_no_use_is_refused(words, message, tmp_path, capsys):
+    assert command.main(["train", "--method", "igm", "--data", "mfeat", "--out", str(tmp_path), *words]) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 @pytest.mark.cuda

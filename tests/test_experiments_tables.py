@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from igm_rs.experiments import command, evaluation, grids, listing, page, plans, reproduction, tables
-from igm_rs.experiments.configuration import LATER, Config
+from igm_rs.experiments.configuration import DEVIATIONS, LATER, Config
 from igm_rs.experiments.plans import Line
 
 NAMES = ("audio", "video")
@@ -117,14 +117,14 @@ def rows_of(grid):
 def test_first_plan_has_every_method_and_each_modality_alone():
     lines = plans.plan(1, ["a", "b", "c"])
     assert [line.row.key for line in lines][:5] == ["single-a", "single-b", "single-c", "joint-concat", "joint-sum"]
-    wanted = [key for key in plans.METHODS if key not in ("single", "igm-one-sided")]
+    wanted = [key for key in plans.METHODS if key not in ("single", "igm-one-sided", "released")]
     assert [line.row.method for line in lines][3:] == wanted
     assert all(line.row.overrides == {} for line in lines)
     tuned = {line.row.key: line.tuned_as.key for line in lines if line.tuned_as.key != line.row.key}
     assert tuned == plans.CONTROLS == {
         "control-scalar": "igm", "control-random": "igm", "shared-scalar": "igm-shared", "shared-random": "igm-shared",
     }  # fmt: skip
-    assert {line.tuned_as.key for number in (2, 3, 4) for line in plans.plan(number, ["a", "b"])} == {"igm"}
+    assert {line.tuned_as.key for number in (2, 3, 4, 5) for line in plans.plan(number, ["a", "b"])} == {"igm"}
     assert all(line.words == (line.row.label,) for line in lines)
     few = plans.plan(1, ["a", "b"], ["igm", "single"])
     assert [line.row.key for line in few] == ["single-a", "single-b", "igm"]
@@ -165,6 +165,24 @@ def test_fourth_plan_goes_from_all_to_none():
     assert [line.row.method for line in lines] == ["igm"] * 4 + ["turns-sam"]
 
 
+def test_fifth_plan_has_every_deviation_by_itself_and_all():
+    first, *single, every, quiet, every_quiet = plans.plan(5, ["a", "b"])
+    assert first.row.key == "igm"
+    assert [line.row.overrides for line in single] == [{"released": (name,)} for name in DEVIATIONS]
+    assert {line.row.method for line in (*single, every, every_quiet)} == {"released"}
+    assert every.row.overrides == {}
+    assert quiet.row.overrides == every_quiet.row.overrides == {"rho": 1e-10}
+    assert len({line.words for line in plans.plan(5, ["a", "b"])}) == len(DEVIATIONS) + 4
+
+
+def test_fifth_table_compares_each_deviation_with_the_paper():
+    lines = plans.plan(5, ["a", "b"])
+    rows = [{"key": line.row.key, "words": list(line.words)} for line in lines]
+    effects = tables.Table({"table": 5, "rows": rows}).effects
+    assert [effect.mine for effect in effects] == [line.row.key for line in lines[1:]]
+    assert {effect.theirs for effect in effects} == {"igm"}
+
+
 def test_tables_share_rows():
     first = {line.row for line in plans.plan(1, ["a", "b"])}
     assert {line.row for line in plans.plan(2, ["a", "b"])} <= first
@@ -180,7 +198,8 @@ def test_every_effect_is_of_methods_that_there_are():
 @pytest.mark.parametrize(
     ("number", "modalities", "methods", "message"),
     [
-        (5, ["a", "b"], None, "table is 5, expected one of 1, 2, 3, 4"),
+        (6, ["a", "b"], None, "table is 6, expected one of 1, 2, 3, 4, 5"),
+        (1, ["a", "b"], ["released"], "methods has released, whose rows are those of table 5, expected others"),
         (1, ["a", "b"], ["other"], "method is 'other', expected one of single, "),
         (2, ["a", "b"], ["igm"], "methods: table 2 is about the methods that it has, expected a choice for table 1"),
         (1, ["a"], None, "modalities are a, expected at least two to compare methods"),

@@ -110,8 +110,12 @@ class Column(ABC):
 def seeded(seed: int) -> Iterator[None]:
     """Let torch's own generator give the numbers of a seed, here; it goes on afterwards as if nothing had been drawn.
 
-    Transforms of torchvision draw from it.
+    Transforms of torchvision draw from it. Generators of devices are left alone, unlike by ``torch.manual_seed``.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    own = torch.default_generator
+    before = own.get_state()
+    try:
+        own.manual_seed(seed)
         yield
+    finally:
+        own.set_state(before)

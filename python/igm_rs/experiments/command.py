@@ -228,6 +228,10 @@ def _begin(options: argparse.Namespace) -> tuple[DataSet, Config, Source]:
         data = source.of(config)
     except TypeError as error:  # what a file of the user's holds
         raise ValueError(str(error)) from error
+    if options.loaders and not data.in_files:
+        raise ValueError(f"loaders is {options.loaders}, expected none for {options.data}: it does not lie in files")
+    if options.patience is not None and config.schedule != "plateau":
+        raise ValueError(f"patience is {options.patience} with schedule {config.schedule}, expected schedule plateau")
     if options.workers is None:  # several at once may be more than a GPU, or the memory, holds
         options.workers = 1 if data.in_files or options.device != "cpu" else cores()
     if data.left_out:
@@ -267,10 +271,13 @@ def _means(options: argparse.Namespace) -> Means:
     from .feeding import Means
 
     try:
-        torch.empty(0, device=options.device)
+        if torch.empty(0, device=options.device).device.type not in ("cpu", "cuda"):
+            raise RuntimeError("nothing is tried on such")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device is {options.device!r}, expected one that torch can use: {reason}") from error
+        raise ValueError(
+            f"device is {options.device!r}, expected cpu or cuda, which torch can use: {reason}"
+        ) from error
     return Means(options.device, options.loaders)
 
 
@@ -494,7 +501,7 @@ def _add_run_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Na
         metavar="N",
         help="runs side by side (default: all cores; 1 on a GPU, or of a set that lies in files)",
     )
-    parser.add_argument("--resume", action="store_true", help="continue interrupted runs, bit for bit")
+    parser.add_argument("--resume", action="store_true", help="continue interrupted runs, on the CPU bit for bit")
     parser.add_argument(
         "--device", default="cpu", metavar="DEVICE", help="where to compute, such as cuda (default: cpu)"
     )
@@ -505,7 +512,10 @@ def _add_run_options(parser: argparse.ArgumentParser, run: Callable[[argparse.Na
     _add_source_options(parser)
     _add_reading_options(parser)
     parser.add_argument(
-        "--skip-broken", action="store_true", help="leave out and count examples with something wrong; else an error"
+        "--skip-broken",
+        action="store_true",
+        help="leave out and count examples that are listed wrongly, or whose files are missing or cut off; what only "
+        "decoding shows stops a training: igm-rs data check finds it before",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file in place of the data set's own")
     values = parser.add_argument_group("values of the configuration", "by default those of the data set's TOML file")

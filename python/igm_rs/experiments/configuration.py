@@ -39,10 +39,13 @@ BASES = ("sgd", "adam")
 PROTOCOLS = ("validation", "paper")
 SCHEDULES = ("cosine", "plateau")
 
-DEVIATIONS = ("tensor-norm", "kept", "stale-head", "mixed-loss", "pass", "shape", "rebuild")
+DEVIATIONS = (
+    *("tensor-norm", "kept", "stale-head", "mixed-loss", "pass", "shape", "best", "rebuild", "step-lr", "macro-f1"),
+)
 """What the released scripts do otherwise than the paper, each by itself: ε* normalised for each tensor; never taken
 back; the head alone at θ + ε*, on the features of θ; the loss 0.7 of mixed examples at θ and 0.3 at θ + ε*; Ȳ from a
-pass in evaluation mode at the best weights so far; every T of equal shape; network and optimizer rebuilt each turn."""
+pass in evaluation mode; every T of equal shape; each turn begins at the best weights so far; with a new optimizer; with
+a new StepLR; macro-F1 of the mean fusion chooses the best weights."""
 
 CHOICES = {"base": BASES, "protocol": PROTOCOLS, "network": NETWORKS, "schedule": SCHEDULES}
 """Values of which there are few."""

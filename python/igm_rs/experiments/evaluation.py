@@ -17,6 +17,7 @@ from torchmetrics.functional.classification import (
 from igm_rs import fusion
 
 from .data import DataSet, Split
+from .feeding import Means
 from .networks import Branches
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "accuracy_by_origin",
     "calibrated",
     "evaluate",
+    "macro_f1_of_mean",
     "measures",
     "of_fusion",
     "predictions",
@@ -150,7 +152,9 @@ class Calibration:
         return {str(name): value for name, value in found.items()}
 
 
-def predictions(model: Branches, split: Split, calibration: Calibration | None) -> dict[str, Tensor]:
+def predictions(
+    model: Branches, split: Split, calibration: Calibration | None, means: Means | None = None
+) -> dict[str, Tensor]:
     """Return the probabilities ``(n, c)``, float64, of each modality, of each fusion, and of a joint head.
 
     Parameters
@@ -162,8 +166,11 @@ def predictions(model: Branches, split: Split, calibration: Calibration | None) 
         The examples.
     calibration : Calibration, optional
         Of the same network; None: there is nothing ``calibrated``.
+    means : Means, optional
+        Processes that decode; none by default.
     """
-    logits = {name: values.double() for name, values in model.logits(split.inputs).items()}
+    measured, joined = model.measured(split.inputs, means)
+    logits = {name: values.double() for name, values in measured.items()}
     out = {name: torch.softmax(values, -1) for name, values in logits.items()}
     if len(logits) > 1:
         out |= {"mean": fusion.mean(logits), "entropy": fusion.entropy_weighted(logits)}
@@ -171,24 +178,25 @@ def predictions(model: Branches, split: Split, calibration: Calibration | None) 
         out["calibrated"] = calibration.branches(logits)
     if len(logits) > 1:
         out["sum"] = torch.softmax(torch.stack(list(logits.values())).sum(0), -1)
-    if model.joined:
-        joint = model.joint_logits(split.inputs).double()
+    if joined is not None:
+        joint = joined.double()
         out[JOINT] = torch.softmax(joint, -1)
         if calibration is not None and calibration.joint is not None:
             out[JOINT_CALIBRATED] = calibration.joint({JOINT: joint})
     return out
 
 
-def calibrated(model: Branches, data: DataSet) -> Calibration:
+def calibrated(model: Branches, data: DataSet, means: Means | None = None) -> Calibration:
     """Return the temperatures of a network's branches, and of its joint head, fitted on the validation split."""
-    inputs, labels = data.validation.inputs, data.validation.labels
-    joint = fusion.fit({JOINT: model.joint_logits(inputs)}, labels) if model.joined else None
-    return Calibration(fusion.fit(model.logits(inputs), labels), joint)
+    labels = data.validation.labels
+    logits, joined = model.measured(data.validation.inputs, means)
+    joint = None if joined is None else fusion.fit({JOINT: joined}, labels)
+    return Calibration(fusion.fit(logits, labels), joint)
 
 
-def score(model: Branches, split: Split, calibration: Calibration) -> Scores:
+def score(model: Branches, split: Split, calibration: Calibration, means: Means | None = None) -> Scores:
     """Return all :data:`MEASURES` of all :func:`predictions` on a split; parameters as there."""
-    found = predictions(model, split, calibration)
+    found = predictions(model, split, calibration, means)
     of = {name: measures(values, split.labels, split.origins) for name, values in found.items()}
     return {measure: {name: values[measure] for name, values in of.items()} for measure in MEASURES}
 
@@ -209,13 +217,19 @@ class Watched:
     by_origin: dict[str, float]
 
 
-def watched(model: Branches, split: Split) -> Watched:
+def watched(model: Branches, split: Split, means: Means | None = None) -> Watched:
     """Return the accuracies of a network on a split, for training curves and for the choice of a round."""
-    found = predictions(model, split, None)
+    found = predictions(model, split, None, means)
     return Watched(
         {name: accuracy(values, split.labels) for name, values in found.items()},
         {name: accuracy_by_origin(values, split.labels, split.origins) for name, values in found.items()},
     )
+
+
+def macro_f1_of_mean(model: Branches, split: Split, means: Means | None = None) -> float:
+    """Return the macro-F1 of the mean fusion, by which the released scripts choose, in [0, 1]."""
+    found = of_fusion(predictions(model, split, None, means), "mean")
+    return float(multiclass_f1_score(found.argmax(-1), split.labels, found.shape[-1], average="macro"))
 
 
 @dataclass(frozen=True)
@@ -234,7 +248,7 @@ class Evaluation:
     temperatures: dict[str, dict[str, float]]
 
 
-def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights]) -> Evaluation:
+def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights], means: Means | None = None) -> Evaluation:
     """Measure finished weights on the test split, which this opens once for all of them.
 
     All temperatures are fitted on the validation split before the test split is opened.
@@ -248,6 +262,8 @@ def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights]) -> 
     weights : mapping of str to state dict
         What is measured, such as the weights of the chosen and of the last round; those of the network itself may be
         among them.
+    means : Means, optional
+        Processes that decode; none by default.
 
     Raises
     ------
@@ -260,12 +276,12 @@ def evaluate(model: Branches, data: DataSet, weights: Mapping[str, Weights]) -> 
     calibrations = {}
     for name, values in own.items():
         model.load_state_dict(values)
-        calibrations[name] = calibrated(model, data)
+        calibrations[name] = calibrated(model, data, means)
     test = data.open_test()
     scores = {}
     for name, values in own.items():
         model.load_state_dict(values)
-        scores[name] = score(model, test, calibrations[name])
+        scores[name] = score(model, test, calibrations[name], means)
     return Evaluation(scores, {name: calibration.temperatures for name, calibration in calibrations.items()})
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .columns import Column
 
-__all__ = ["Means", "batch_stream", "feed"]
+__all__ = ["Means", "at_once", "batch_stream", "feed", "in_order"]
 
-Place = tuple[int, int]
-"""Which example, and the seed of its random numbers."""
+Place = tuple[int, int | None]
+"""Which example, and the seed of its random numbers; None: without any."""
 
 MODULUS = 2**63 - 25
 """A prime: seeds are numbers below it."""
@@ -51,14 +53,25 @@ def batch_stream(examples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
             yield order[start : start + size]
 
 
-class _Examples(Dataset[Tensor]):
-    """A column as a loader indexes it."""
+class _Examples(Dataset[Any]):
+    """A column as a loader indexes it; an error is handed over, so that its message comes out as it was said."""
 
     def __init__(self, column: Column) -> None:
         self._column = column
 
-    def __getitem__(self, place: Place) -> Tensor:
-        return self._column.example(*place)
+    def __getitem__(self, place: Place) -> Tensor | ValueError:
+        try:
+            return self._column.example(*place)
+        except ValueError as error:
+            return error
+
+
+def _side_by_side(examples: list[Tensor | ValueError]) -> Tensor | ValueError:
+    """Return a batch, or the first error."""
+    for each in examples:
+        if isinstance(each, ValueError):
+            return each
+    return torch.stack(examples)  # type: ignore[arg-type]  # all are tensors
 
 
 @dataclass(frozen=True)
@@ -85,12 +98,46 @@ def _seed(run: int, batch: int, place: int) -> int:
 
 
 def feed(column: Column, batch_size: int, seed: int, begin: int, means: Means) -> Iterator[Tensor]:
-    """Return the batches ``(n, …)`` of a column's training examples, from the one with number `begin` on, for ever."""
+    """Yield the batches ``(n, …)`` of a column's training examples, from the one with number `begin` on, for ever.
+
+    Raises
+    ------
+    ValueError
+        If a file cannot be decoded: names it.
+    """
+    return _loaded(column, _Batches(len(column), batch_size, seed, begin), seed, means)
+
+
+def in_order(values: Tensor | Column, size: int, means: Means) -> Iterator[Tensor]:
+    """Yield examples, so many at a time, as they are measured on; raises as :func:`feed`."""
+    places = range(0, len(values), size)
+    if isinstance(values, Column):
+        ends = [(start, min(start + size, len(values))) for start in places]
+        batches: list[list[Place]] = [[(place, None) for place in range(*each)] for each in ends]
+        return _loaded(values, batches, 0, means)
+    return (values[start : start + size] for start in places)
+
+
+def _loaded(column: Column, batches: Iterable[list[Place]], seed: int, means: Means) -> Iterator[Tensor]:
     loader: DataLoader[Tensor] = DataLoader(
         _Examples(column),
-        batch_sampler=_Batches(len(column), batch_size, seed, begin),
+        batch_sampler=batches,
+        collate_fn=_side_by_side,
         num_workers=means.loaders,
         pin_memory=torch.device(means.device).type == "cuda",
         generator=torch.Generator().manual_seed(seed),  # torch's own, of which dropout draws, is left alone
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+NUMBERS_AT_ONCE = 2**26
+"""Numbers of one modality that are decoded at a time, unless one example has more."""
+
+
+def at_once(inputs: Iterable[Tensor | Column], most: int) -> int | None:
+    """Return how many examples of columns, up to `most`, are decoded at a time; None where all are tensors."""
+    sizes = [math.prod(values.shape[1:]) for values in inputs if isinstance(values, Column)]
+    return min(most, max(1, NUMBERS_AT_ONCE // max(sizes))) if sizes else None

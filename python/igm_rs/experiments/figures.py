@@ -25,7 +25,7 @@ from igm_rs.analysis.drawing import save_figure
 from . import finetuning
 from .configuration import Config
 from .data import DataSet
-from .feeding import Means, batch_stream
+from .feeding import Means, at_once, batch_stream
 from .methods import Row
 from .page import FIGURES
 from .running import Job, Source, provenance, run_all, tune, watched, without_warning_of_rho
@@ -401,7 +401,7 @@ def _sweep(parameter: str, runs: Mapping[float, Sequence[Mapping[str, Any]]]) ->
 def _surface(task: Task) -> analysis.LossSurface:
     training = task.training(Training)
     training.run()
-    chosen = _shown_examples(len(training.data.train))
+    chosen = _shown_examples(training.data)
     model, labels = training.model, training.labels(chosen)
     inputs = {name: training.examples(name, chosen) for name in training.row.modalities}
 
@@ -411,9 +411,11 @@ def _surface(task: Task) -> analysis.LossSurface:
     return analysis.loss_surface(model, loss, points=POINTS, progress=False)
 
 
-def _shown_examples(count: int) -> Tensor:
-    """Return which of so many training examples a surface is made of."""
-    return torch.arange(count)[:: -(-count // EXAMPLES)]
+def _shown_examples(data: DataSet) -> Tensor:
+    """Return which of the training examples a surface is made of."""
+    count = len(data.train)
+    most = at_once(data.train.inputs.values(), EXAMPLES) or EXAMPLES
+    return torch.arange(count)[:: -(-count // most)]
 
 
 def _figure_4(order: Order) -> Made:
@@ -430,7 +432,7 @@ def _figure_4(order: Order) -> Made:
 
     said = "; ".join(f"{label} {_spread(result.rise(label))}" for label in found)
     caption = (
-        f"Rise of the training loss, mean of the branches, on {len(_shown_examples(len(order.data.train)))} of "
+        f"Rise of the training loss, mean of the branches, on {len(_shown_examples(order.data))} of "
         f"{len(order.data.train)} examples, around the weights of the last round on two random directions, each filter "
         f"scaled to its own length (Li et al. 2018); of the first of {_runs(order)}, with the same contours for all. "
         f"Last panel: its mean by distance, and that of turns. At distance 1 it is {said}. Turns and both kinds of IGM "
@@ -524,8 +526,9 @@ def _figure_5c(order: Order) -> Made:
         canvas.axes[0].set_xlabel(words)
 
     first, *others = result.seconds
+    place = "on one thread" if means.device == "cpu" else f"on {means.device}"
     caption = (
-        f"Time of one training, {config.steps} steps of each modality, on one thread, validation not counted; the "
+        f"Time of one training, {config.steps} steps of each modality, {place}, validation not counted; the "
         f"methods are measured in turn, round by round. Beside {first}: "
         + ", ".join(f"{label} ×{result.ratio(label):.2f}" for label in others)
         + "."

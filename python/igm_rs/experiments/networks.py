@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -10,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .columns import Column
+from .columns import Column, seeded
 from .data import PADDING, DataSet
+from .feeding import Means, at_once, in_order
 
 __all__ = [
     "FEATURES",
@@ -31,10 +31,7 @@ FEATURES = 64
 """Size d of the output of every encoder here, so that one head can serve all modalities."""
 
 AT_ONCE = 64
-"""Examples of a column that are decoded and measured at a time, at most,"""
-
-NUMBERS_AT_ONCE = 2**26
-"""and numbers in them, unless one example has more."""
+"""Examples of a column that are decoded and measured at a time, at most; see :func:`feeding.at_once`."""
 
 READINGS = 4
 """The shortest series that :class:`SeriesEncoder` takes."""
@@ -232,9 +229,8 @@ class Branches(nn.Module):
         common: nn.Module | None = None
         between: nn.Module | None = None
         width = _common_width(data, modalities) if head != "own" else 0
-        with torch.random.fork_rng(devices=[]):
-            for name in modalities:
-                torch.manual_seed(1000 * seed + data.modalities.index(name))
+        for name in modalities:
+            with seeded(1000 * seed + data.modalities.index(name)):
                 encoders[name] = _encoder(data, name)
                 given, narrowed = _widths(data, name)
                 if head == "own":
@@ -245,7 +241,7 @@ class Branches(nn.Module):
                     narrow[name] = nn.Linear(given, narrowed)
                 if head == "trunk":
                     heads[name] = nn.Linear(width, data.classes)
-            torch.manual_seed(1000 * seed + len(data.modalities))
+        with seeded(1000 * seed + len(data.modalities)):
             if head == "shared":
                 common = nn.Linear(width, data.classes)
             elif head == "concat":
@@ -293,32 +289,35 @@ class Branches(nn.Module):
         return torch.stack([self.branch(name, inputs[name]) for name in self.encoders]).sum(0)
 
     @torch.no_grad()
-    def logits(self, inputs: Mapping[str, Tensor | Column]) -> dict[str, Tensor]:
-        """Return the logits ``(n, c)`` of every modality, without gradients, in evaluation mode, on the CPU.
+    def measured(
+        self, inputs: Mapping[str, Tensor | Column], means: Means | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return logits ``(n, c)`` of every modality and of a joint head, without gradients, in evaluation mode.
 
-        What lies in files is decoded a part at a time, and an example counts for all the same whatever it stands with.
+        They are on the CPU. What lies in files is decoded a part at a time, by `means`; no example depends on what it
+        stands with. Without a joint head the second is None.
         """
+        parts, joint = [], []
         with _evaluated(self):
-            parts = [{name: self.branch(name, own[name]) for name in self.encoders} for own in self._portions(inputs)]
-        return {name: torch.cat([part[name].cpu() for part in parts]) for name in self.encoders}
+            for own in self._portions(inputs, Means() if means is None else means):
+                parts.append({name: self.branch(name, own[name]).cpu() for name in self.encoders})
+                if self.joined:
+                    joint.append(self.joint(own).cpu())
+        logits = {name: torch.cat([part[name] for part in parts]) for name in self.encoders}
+        return logits, torch.cat(joint) if joint else None
 
-    @torch.no_grad()
-    def joint_logits(self, inputs: Mapping[str, Tensor | Column]) -> Tensor:
-        """Return what :meth:`joint` does, without gradients, in evaluation mode, on the CPU."""
-        with _evaluated(self):
-            return torch.cat([self.joint(own).cpu() for own in self._portions(inputs)])
+    def logits(self, inputs: Mapping[str, Tensor | Column]) -> dict[str, Tensor]:
+        """Return the first of what :meth:`measured` does."""
+        return self.measured(inputs)[0]
 
-    def _portions(self, inputs: Mapping[str, Tensor | Column]) -> Iterator[dict[str, Tensor]]:
+    def _portions(self, inputs: Mapping[str, Tensor | Column], means: Means) -> Iterator[dict[str, Tensor]]:
         """Yield the examples on the network's device: all at once, or of columns so many at a time."""
         own = {name: inputs[name] for name in self.encoders}
         count = len(next(iter(own.values())))
-        columns = [values for values in own.values() if isinstance(values, Column)]
-        size = count
-        if columns:
-            largest = max(math.prod(values.shape[1:]) for values in columns)
-            size = min(AT_ONCE, max(1, NUMBERS_AT_ONCE // largest))
-        for start in range(0, count, size):
-            yield {name: values[start : start + size].to(self.device) for name, values in own.items()}
+        size = at_once(own.values(), AT_ONCE)
+        portions = [in_order(values, size or count, means) for values in own.values()]
+        for values in zip(*portions, strict=True):
+            yield {name: each.to(self.device) for name, each in zip(own, values, strict=True)}
 
     @property
     def device(self) -> torch.device:

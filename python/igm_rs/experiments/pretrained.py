@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from .columns import Reading
 from .data import DataSet, Split
 from .encoders import EncoderSpec
 from .encoders.packaged import packaged_image, packaged_pixels, packaged_text, packaged_tokenizer
+from .on_disk.threads import one_thread
 from .sets import ClipArt, clip_art
 
 __all__ = ["SIZE", "TITLE_LENGTH", "openclipart"]
@@ -104,7 +104,7 @@ def _features(inputs: Mapping[str, Tensor], encoders: Mapping[str, EncoderSpec])
         told.update(values.numpy().tobytes())
     key = told.hexdigest()
     if key not in _COMPUTED:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _one_thread():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
             _COMPUTED[key] = {name: _encoded(name, encoders[name], values) for name, values in inputs.items()}
     return _COMPUTED[key]
 
@@ -115,14 +115,3 @@ def _encoded(name: str, spec: EncoderSpec, values: Tensor) -> Tensor:
     portions = distinct.split(PORTION)
     bar = tqdm(portions, desc=f"features of openclipart: {name}", unit="portion", disable=None, leave=False)
     return torch.cat([encoder(portion) for portion in bar])[places]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Hold torch to one thread: the last digits of a sum are a matter of how it is shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

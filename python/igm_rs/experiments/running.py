@@ -345,7 +345,7 @@ def _record(
     temperatures: dict[str, float] = {}
     if job.final:
         try:
-            found = evaluate(trained.model, data, trained.weights)
+            found = evaluate(trained.model, data, trained.weights, training.means)
         except ValueError as error:
             raise ValueError(
                 f"{job.row.label}, seed {job.seed}, learning rate {job.learning_rate:g} cannot be measured, most "

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import igm_rs
 from .columns import Column
 from .configuration import Config
 from .data import DataSet
-from .evaluation import Watched, of_fusion, watched
+from .evaluation import Watched, macro_f1_of_mean, of_fusion, watched
 from .feeding import Means, batch_stream, feed
 from .methods import Row
 from .networks import Branches
@@ -307,7 +308,7 @@ class Training:
         Stopped
             If `stop` says so.
         """
-        with self._own_random():
+        with self._own_random(), torch.backends.cudnn.flags(deterministic=True):
             torch.set_rng_state(self._random[0])
             for state in self._random[1:]:
                 torch.cuda.set_rng_state(state, self.means.device)
@@ -351,7 +352,7 @@ class Training:
     def _run(self, report: Callable[[Progress], None], stop: Callable[[], bool], save: Callable[[], None]) -> None:
         at = self._position
         if at.done == 0 and self.turns[0].modality is not None:
-            found = watched(self.model, self.data.validation)
+            found = watched(self.model, self.data.validation, self.means)
             self._after_turn = [{"round": 0, "modality": "", "scores": {"accuracy": found.accuracy}}]
         while at.turn < len(self.turns):
             turn = self.turns[at.turn]
@@ -389,14 +390,13 @@ class Training:
     ) -> None:
         """Take the steps of a stretch that are left, then look at validation and tell."""
         at, before = self._position, self._position.done
-        if self._plateau is None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate * stretch.factor
+        passes = max(1, len(self.data.train) // self.config.batch_size)
         began = told = time.perf_counter()
         try:
             while at.step < len(stretch.steps):
                 if stop():
                     raise Stopped
+                self._set_rate(stretch, at.step // passes)
                 self._losses.append(self._step(stretch.steps[at.step]))
                 at.done += len(stretch.steps[at.step])
                 at.step += 1
@@ -413,16 +413,25 @@ class Training:
         found, point = None, None
         ends_turn = turn.modality is not None and stretch is turn.stretches[-1]
         if ends_turn or stretch.ends_round:
-            found = watched(self.model, self.data.validation)
+            found = watched(self.model, self.data.validation, self.means)
             if ends_turn:
                 entry = {"round": stretch.round, "modality": turn.modality, "scores": {"accuracy": found.accuracy}}
                 self._after_turn.append(entry)
                 if not stretch.ends_round and self.row.of.goes_back(self.config):
-                    self._choose(stretch.round, found)
+                    self._choose(stretch.round, found, usable=math.isfinite(self._losses[-1]))
         loss = self._losses[-1]
         if stretch.ends_round and found is not None:
             point = self._end_round(stretch.round, found)
         report(Progress(at.done - before, loss, None if found is None else found.accuracy, point))
+
+    def _set_rate(self, stretch: Stretch, passes: int) -> None:
+        """Set the learning rate of the next step, after so many passes of its turn; a plateau has set it already."""
+        factor = self.row.of.rate_factor(self.config, passes)
+        if factor is None and self._plateau is None:
+            factor = stretch.factor
+        if factor is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate * factor
 
     def _step(self, active: Active) -> float:
         """Take one optimizer step and return the loss at the first pass."""
@@ -446,6 +455,20 @@ class Training:
     def examples(self, name: str, chosen: Tensor) -> Tensor:
         """Return a modality's chosen training examples as they are measured on, on the device."""
         return self.data.train.inputs[name][chosen].to(self.means.device)
+
+    def one_pass(self, name: str) -> Iterator[Tensor]:
+        """Yield one pass over a modality's training split in batches, crops and the like as in training."""
+        count, size = len(self.data.train), self.config.batch_size
+        batches = max(1, count // size)
+        values = self.data.train.inputs[name]
+        if isinstance(values, Column):  # other random numbers than those of the steps
+            seed = self.seed + 1_000_003 * (self._position.turn + 1)
+            yield from (
+                batch.to(self.means.device) for batch in islice(feed(values, size, seed, 0, self.means), batches)
+            )
+            return
+        for chosen in islice(batch_stream(count, size, self.seed), batches):
+            yield self.examples(name, chosen)
 
     def labels(self, chosen: Tensor) -> Tensor:
         """Return the labels of the chosen training examples, on the device."""
@@ -472,12 +495,16 @@ class Training:
         self._choose(number, found, usable=math.isfinite(point["loss"]))
         return point
 
-    def _choose(self, number: int, found: Watched, *, usable: bool = True) -> None:
+    def _choose(self, number: int, found: Watched, *, usable: bool) -> None:
         """Keep the weights if they are the best so far; of equals the later ones are."""
-        deciding = found.by_origin
-        if self._choosing is not self.data.validation:
-            deciding = watched(self.model, self._choosing).accuracy  # as the released scripts do
-        value = of_fusion(deciding, CHOSEN_BY) if usable else -math.inf
+        if not usable:
+            value = -math.inf
+        elif self.row.of.by_macro_f1(self.config):
+            value = macro_f1_of_mean(self.model, self._choosing, self.means)
+        elif self._choosing is self.data.validation:
+            value = of_fusion(found.by_origin, CHOSEN_BY)
+        else:  # as the released scripts do
+            value = of_fusion(watched(self.model, self._choosing, self.means).accuracy, CHOSEN_BY)
         if value >= self._chosen[1]:
             self._chosen = (number, value, copy.deepcopy(self.model.state_dict()))
 
@@ -510,7 +537,10 @@ class Training:
         self._position = _Position(**state["position"])
         self._witness = _Witness(**state["witness"])
         self._losses, self._curve, self._after_turn = state["losses"], state["curve"], state["after_turn"]
-        self._chosen, self._seconds, self._random = state["chosen"], state["seconds"], state["random"]
+        self._chosen, self._seconds = state["chosen"], state["seconds"]
+        if len(state["random"]) != len(self._random):
+            raise ValueError(f"its random numbers are those of another kind of device, expected {self.means.device}")
+        self._random = state["random"]
         if self._plateau is not None:
             self._plateau.load_state_dict(state["plateau"])
         self._feeds.clear()

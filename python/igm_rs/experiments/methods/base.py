@@ -125,6 +125,14 @@ class Method:
         """Whether turns begin at the best weights so far, which are then looked for after each turn."""
         return False
 
+    def by_macro_f1(self, config: Config) -> bool:
+        """Whether the macro-F1 of the mean fusion chooses, in place of the accuracy of the summed logits."""
+        return False
+
+    def rate_factor(self, config: Config, passes: int) -> float | None:
+        """Return the factor of the learning rate after so many passes of a turn; None: as the schedule has it."""
+        return None
+
 
 METHODS: dict[str, Method] = {}
 """Every method by key, in the order of the tables; a user's own come last."""

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 import igm_rs
 from igm_rs.experiments.configuration import Config
-from igm_rs.experiments.feeding import batch_stream
 from igm_rs.experiments.networks import Branches
 from igm_rs.released import mixup, mixup_loss
 
@@ -29,6 +28,9 @@ FLAT_RATIO = 0.3
 
 MIXUP = 1.0
 """α of their mixup."""
+
+RATE_PASSES, RATE_FACTOR = 40, 0.1
+"""Passes of a turn after which they divide the learning rate by 10; it is stepped before a pass, so one earlier."""
 
 
 @method
@@ -71,7 +73,7 @@ class ReleasedScripts(Method):
                 flat_ratio=FLAT_RATIO if "mixed-loss" in has else 1.0,
                 gather="pass" if "pass" in has else "turn",
                 pairing="shape" if "shape" in has else "position",
-                reset=("momentum", "lr") if "rebuild" in has else (),
+                reset=("momentum",) if "rebuild" in has else (),
             ),
         )
 
@@ -90,10 +92,15 @@ class ReleasedScripts(Method):
         if "mixed-loss" in config.released and mixed.is_floating_point():
             mixed, labels_a, labels_b, share = mixup(mixed, labels, MIXUP)
         head = model.head_of(name)
+        passes = 0
 
         def closure() -> tuple[Tensor, Any]:
+            nonlocal passes
+            passes += 1
             features = model.features(name, mixed)
-            loss = mixup_loss(head(features), labels_a, labels_b, share)
+            logits = head(features)
+            first = passes == 1  # a second pass of the whole network has the unmixed labels, as one of the head
+            loss = mixup_loss(logits, labels_a, labels_b, share) if first else cross_entropy(logits, labels)
             return loss, lambda: cross_entropy(head(features), labels)
 
         loss: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]  # the mode's closure
@@ -106,17 +113,23 @@ class ReleasedScripts(Method):
             return
         has = training.config.released
         model, optimizer = training.model, training.optimizer
-        if "rebuild" in has and training.best:
+        if "best" in has and training.best:
             model.load_state_dict(training.best)
         if "pass" in has and isinstance(optimizer, igm_rs.IGMOptimizer):
-            count, size = len(training.data.train), training.config.batch_size
-            batches = batch_stream(count, size, training.seed)
             model.eval()
             with optimizer.collect(before), torch.no_grad():
-                for _ in range(max(1, count // size)):
-                    model.branch(before, training.examples(before, next(batches)))
+                for batch in training.one_pass(before):
+                    model.branch(before, batch)
             model.train()
 
     def goes_back(self, config: Config) -> bool:
         """Whether turns begin at the best weights so far."""
-        return "rebuild" in config.released
+        return "best" in config.released
+
+    def by_macro_f1(self, config: Config) -> bool:
+        """Whether the macro-F1 of the mean fusion chooses."""
+        return "macro-f1" in config.released
+
+    def rate_factor(self, config: Config, passes: int) -> float | None:
+        """Return the factor of a StepLR that begins anew in each turn and is stepped before the pass."""
+        return float(RATE_FACTOR ** ((passes + 1) // RATE_PASSES)) if "step-lr" in config.released else None

@@ -78,7 +78,8 @@ class Faults:
         assert kind in KINDS, kind
         fault = Fault(kind, path, line, reason)
         if not self.skip:
-            raise DataFault(f"{fault}; --skip-broken leaves such examples out and counts them")
+            hint = "" if kind == "speaker" else "; --skip-broken leaves such examples out and counts them"
+            raise DataFault(f"{fault}{hint}")
         self.found.append(fault)
 
     @property

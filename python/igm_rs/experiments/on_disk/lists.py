@@ -171,7 +171,7 @@ def _records(path: Path, lines: _Lines, delimiter: str, faults: Faults) -> Itera
         except StopIteration:
             return
         except csv.Error as error:
-            if "end of data" in str(error):
+            if "end of data" in str(error) or "field larger" in str(error):
                 raise DataFault(f"{path}, line {begin}: a quote is opened and never closed") from error
             faults.add("line", path, begin, f"its quotes are not those of a CSV file ({error})")
             continue

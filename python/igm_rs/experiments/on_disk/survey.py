@@ -31,7 +31,8 @@ class Example:
         Class, from 0.
     origin : str
         Where it comes from: the speaker, the subject, the video, the picture. Examples of one origin are no
-        independent evidence; where :attr:`OnDisk.apart` says so, none is in two splits.
+        independent evidence. None is in two splits, unless :attr:`igm_rs.experiments.columns.Reading.speakers` is
+        "shared": then each split's is an origin of its own.
     files : mapping of str to tuple of Path
         By modality, in order; empty for text.
     listed : tuple of Path and int
@@ -86,6 +87,8 @@ class OnDisk:
         ``columns(survey, part, folder, reading)``: for each modality a column, or a tensor ``(n, …)``, of one split.
     encoders : callable
         ``encoders(reading, survey)``: for each modality its encoder.
+    vocabulary : callable
+        ``vocabulary(survey, reading)``: for each modality of text the number of ids; none by default.
     """
 
     name: str
@@ -121,14 +124,16 @@ class OnDisk:
                 raise DataFault(
                     f"folder {folder} has no example for the {part} split ({survey.faults.said() or 'none'})"
                 )
-        origins = {name: place for place, name in enumerate(sorted(self._origins(survey)))}
+        shared = self._shared(survey)
+        named = {part: [_origin(part, example, shared) for example in survey.examples[part]] for part in PARTS}
+        origins = {name: place for place, name in enumerate(sorted(set().union(*named.values())))}
         splits = {}
         for part in PARTS:
             examples = survey.examples[part]
             splits[part] = Split(
                 self.columns(survey, part, folder, reading),
                 torch.tensor([example.label for example in examples]),
-                torch.tensor([origins[_origin(part, example, self._shared(survey))] for example in examples]),
+                torch.tensor([origins[name] for name in named[part]]),
             )
         encoders = dict(self.encoders(reading, survey))
         if reading.network == "frozen":
@@ -142,10 +147,6 @@ class OnDisk:
             left_out=survey.faults.said(),
             folder=folder,
         )
-
-    def _origins(self, survey: Survey) -> set[str]:
-        shared = self._shared(survey)
-        return {_origin(part, example, shared) for part in PARTS for example in survey.examples[part]}
 
     @staticmethod
     def _shared(survey: Survey) -> frozenset[str]:
