@@ -38,7 +38,7 @@ FEWEST = 3
 """Steps that are timed at least, after one that is not,"""
 
 LONG = 20.0
-"""unless one takes so many seconds: then it is the only one."""
+"""unless the first takes more than so many seconds: then it is the only one, and is timed."""
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,12 @@ def measured(key: str, side: str, setting: Setting) -> dict[str, float]:
     what was held before they were made: resident on the CPU, as torch's allocator counts it on a GPU.
     """
     held = _begin(setting)
-    times: list[float] = []
     with _stepping(NETWORKS[key], side, setting) as (step, parameters):
-        step()
-        begin = time.perf_counter()
-        while len(times) < setting.fewest(FEWEST) or time.perf_counter() - begin < setting.seconds:
-            if times and times[-1] > LONG * 1e3:
-                break
-            _wait(setting)
-            start = time.perf_counter()
-            step()
-            _wait(setting)
-            times.append((time.perf_counter() - start) * 1e3)
+        times = [_timed(step, setting)]
+        if times[0] <= LONG * 1e3:
+            times, begin = [], time.perf_counter()
+            while len(times) < setting.fewest(FEWEST) or time.perf_counter() - begin < setting.seconds:
+                times.append(_timed(step, setting))
     return summary(times) | {"bytes": max(0, _peak(setting) - held), "parameters": parameters}
 
 
@@ -219,6 +213,15 @@ def _begin(setting: Setting) -> int:
 
 def _peak(setting: Setting) -> int:
     return torch.cuda.max_memory_allocated(setting.device) if setting.cuda else peak_memory()
+
+
+def _timed(step: Callable[[], Any], setting: Setting) -> float:
+    """Take a step and return its milliseconds."""
+    _wait(setting)
+    start = time.perf_counter()
+    step()
+    _wait(setting)
+    return (time.perf_counter() - start) * 1e3
 
 
 def _wait(setting: Setting) -> None:
