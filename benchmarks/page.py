@@ -34,8 +34,9 @@ _OF_NETWORKS = (
     "weights, a synthetic batch as large as the paper's, the paper's base optimizer alone and with IGM around it "
     "(ρ = 0.05; features are gathered, and the T's of a turn of the modality before act on the head). "
     "Each side runs in a process of its own. Given are the median time of a step with the interquartile range in "
-    "brackets, of steps longer than 20 s that of the first, and the most memory that weights, gradients, the optimizer's state and everything of a step hold at "
-    "once: resident on the CPU, allocated on a GPU. IGM runs forward and backward twice: about 2× is its price."
+    "brackets, of steps longer than 20 s that of the first, and the most memory that weights, gradients, the "
+    "optimizer's state and everything of a step hold at once: resident on the CPU, allocated on a GPU. IGM runs "
+    "forward and backward twice: about 2× is its price."
 )
 
 
