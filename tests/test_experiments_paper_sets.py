@@ -11,7 +11,8 @@ import torch
 import trees_a
 import trees_b
 
-from igm_rs.experiments import command, configuration, data, running, tables
+from igm_rs import analysis
+from igm_rs.experiments import command, configuration, data, figures, running, tables
 from igm_rs.experiments.columns import Reading
 from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.methods import Row
@@ -170,10 +171,10 @@ def test_every_table_of_the_paper_is_made_from_a_tree(number, trees, tmp_path, c
 @pytest.mark.filterwarnings("ignore:tight_layout|constrained_layout")
 @pytest.mark.parametrize("name", ["1", "3", "4", "5a", "5c"])
 def test_every_figure_of_the_paper_is_made_from_a_tree(name, trees, tmp_path, monkeypatch):
-    monkeypatch.setattr("igm_rs.experiments.figures.POINTS", 3)
-    monkeypatch.setattr("igm_rs.experiments.figures.TIMING", 0.2)
-    monkeypatch.setattr("igm_rs.analysis.TAUS", (0.4, 10.0))
-    monkeypatch.setattr("igm_rs.analysis.RHOS", (1e-10, 0.05))
+    monkeypatch.setattr(figures, "POINTS", 3)
+    monkeypatch.setattr(figures, "TIMING", 0.2)
+    monkeypatch.setattr(analysis, "TAUS", (0.4, 10.0))
+    monkeypatch.setattr(analysis, "RHOS", (1e-10, 0.05))
     words = words_of("crema-d", trees, "figure", name, out=tmp_path)
     if name == "5c":  # times one training of each
         at = words.index("--seeds")
