@@ -36,8 +36,8 @@ _OF_NETWORKS = (
     "Each side runs in a process of its own. Given are the median time of a step with the interquartile range in "
     "brackets, of steps longer than 20 s that of the first, and the most memory that weights, gradients, the "
     "optimizer's state and everything of a step hold at once: resident on the CPU, allocated on a GPU. IGM runs "
-    "forward and backward twice: about 2× is its price. NVGesture's flow and depth go through the same I3D with 2 and 1 "
-    "channels in its first layer."
+    "forward and backward twice: about 2× is its price. NVGesture's flow and depth go through the same I3D "
+    "with 2 and 1 channels in its first layer."
 )
 
 
