@@ -225,7 +225,7 @@ def test_nothing_is_fetched(no_network, folder, monkeypatch):
         for spec in made.encoders.values():
             spec.make()
     with pytest.raises(AssertionError, match="about to be fetched"):
-        socket.create_connection(("pypi.org", 443))
+        socket.create_connection(("example.org", 443))
 
 
 @pytest.mark.parametrize(

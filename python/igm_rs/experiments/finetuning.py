@@ -13,7 +13,7 @@ from igm_rs.analysis.drawing import bare, look
 from .evaluation import FUSIONS, of_fusion
 from .methods import Row
 from .running import Job, RunRecord, run_all, tune, without_warning_of_rho
-from .statistics import paired_difference, summary
+from .statistics import Difference, paired_difference, summary
 
 if TYPE_CHECKING:
     from .figures import Made, Order
@@ -22,6 +22,9 @@ __all__ = ["FUSED", "METHODS", "NETWORKS", "figure_5b"]
 
 METHODS = {"joint-sum": "plain", "mla": "MLA", "igm": "IGM"}
 """What trains on the encoders' features, with its name in the picture."""
+
+OTHERS = tuple(key for key in METHODS if key != "igm")
+"""Those that IGM is compared with."""
 
 NETWORKS = {"frozen": "encoders frozen", "pretrained": "encoders trained on"}
 """What is done with the encoders, with its name in the picture."""
@@ -81,16 +84,17 @@ def _differences(runs: Runs) -> dict[str, dict[str, dict[str, dict[str, float | 
     found: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
     for network in NETWORKS:
         found[network] = {}
-        for key in METHODS:
-            if key == "igm":
-                continue
-            found[network][key] = {}
-            for fusion in FUSIONS:
-                one = paired_difference(
-                    _accuracies(runs[network, "igm"], fusion), _accuracies(runs[network, key], fusion)
-                )
-                found[network][key][fusion] = {"mean": one.mean, "half_width_95": one.half_width}
+        for key in OTHERS:
+            gains = {fusion: _gain(runs, network, key, fusion) for fusion in FUSIONS}
+            found[network][key] = {
+                fusion: {"mean": gain.mean, "half_width_95": gain.half_width} for fusion, gain in gains.items()
+            }
     return found
+
+
+def _gain(runs: Runs, network: str, key: str, fusion: str = FUSED) -> Difference:
+    """Return IGM minus another method, seed by seed."""
+    return paired_difference(_accuracies(runs[network, "igm"], fusion), _accuracies(runs[network, key], fusion))
 
 
 def _paint(canvas: Canvas, runs: Runs) -> None:
@@ -124,13 +128,11 @@ def _caption(order: Order, runs: Runs, rates: Mapping[str, Mapping[str, float]])
             found = summary([100 * value for value in _accuracies(runs[network, key]).values()])
             spread = "" if found.sd is None else f" ± {found.sd:.1f}"
             said.append(f"{name} {found.mean:.1f}{spread} (learning rate {rates[network][key]:g})")
-        mine = _accuracies(runs[network, "igm"])
         compared = []
-        for key, name in METHODS.items():
-            if key != "igm":
-                gain = paired_difference(mine, _accuracies(runs[network, key]))
-                half = "" if gain.half_width is None else f" ± {100 * gain.half_width:.1f}"
-                compared.append(f"over {name} {100 * gain.mean:+.1f}{half}".replace("-", "−"))
+        for key in OTHERS:
+            gain = _gain(runs, network, key)
+            half = "" if gain.half_width is None else f" ± {100 * gain.half_width:.1f}"
+            compared.append(f"over {METHODS[key]} {100 * gain.mean:+.1f}{half}".replace("-", "−"))
         parts.append(
             f"{label[0].upper()}{label[1:]}, {config.steps} steps of each modality: {', '.join(said)}; IGM "
             f"{', '.join(compared)} points (95 % interval)."
