@@ -366,8 +366,12 @@ def test_every_t_of_equal_shape_is_asked_of_the_optimizer(filed):
 
 def test_macro_f1_of_the_mean_fusion_chooses(filed, monkeypatch):
     """The round with the highest one, whatever the accuracy is."""
-    told = iter([0.1, 0.9, 0.2])
-    monkeypatch.setattr("igm_rs.experiments.training.macro_f1_of_mean", lambda *_: next(told))
+    told = iter([1.0, 0.1, 0.3, 0.2, 0.9, 1.0, 0.4])  # before training, then after each of two turns a round
+
+    def watched(*_):
+        return evaluation.Watched({"sum": 0.5}, {"sum": 0.5}, next(told))
+
+    monkeypatch.setattr("igm_rs.experiments.training.watched", watched)
     config = dataclasses.replace(TINY, released=("macro-f1",))
     assert Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7).run().rounds["chosen"] == 2
 
@@ -377,7 +381,7 @@ def test_macro_f1_is_that_of_the_mean_fusion(filed):
     split = filed.validation
     guessed = sum(values.double().softmax(1) for values in model.logits(split.inputs).values()).argmax(1)
     expected = f1_score(split.labels, guessed, average="macro")
-    assert evaluation.macro_f1_of_mean(model, split) == pytest.approx(expected, abs=1e-6)  # float32
+    assert evaluation.watched(model, split).macro_f1 == pytest.approx(expected, abs=1e-6)  # float32
 
 
 def test_the_rate_of_the_scripts_is_stepped_before_each_pass_and_begun_anew_each_turn(filed, monkeypatch):

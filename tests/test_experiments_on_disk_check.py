@@ -111,13 +111,14 @@ def test_of_many_faults_twenty_are_told(crema):
     assert report.problems == 6 + SHOWN + 3 + 1
 
 
-def test_every_file_is_decoded_also_those_that_measuring_leaves_out(crema):
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_every_file_is_decoded_also_those_that_measuring_leaves_out(crema, loaders):
     damaged_pictures(crema, ["1001_DFA_HAP_XX/00001.jpg", "1001_DFA_HAP_XX/00002.jpg", "1005_DFA_NEU_XX/00003.jpg"])
     wav = crema / "AudioWAV" / "1004_DFA_NEU_XX.wav"
     content = bytearray(wav.read_bytes())
     content[20:22] = b"\x99\x99"  # a way of coding that nobody has
     wav.write_bytes(content)
-    report = check(CREMA_D, crema, SMALL)
+    report = check(CREMA_D, crema, SMALL, loaders)
     assert report.problems == 4
     lines = report.text.splitlines()
     begin = lines.index("4 files that cannot be decoded")

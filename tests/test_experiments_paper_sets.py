@@ -226,7 +226,10 @@ def test_a_broken_folder_is_said_to_be_one(trees, tmp_path, capsys):
     path = next((folder / "AudioWAV").iterdir())
     trees_a.cut(path)
     assert command.main(["data", "check", "crema-d", str(folder)]) == 1
-    assert path.name in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert path.name in told
+    assert command.main(["data", "check", "crema-d", str(folder), "--loaders", "2"]) == 1
+    assert capsys.readouterr().out == told
     assert command.main(["data", "check", "crema-d", str(tmp_path / "nowhere")]) == 1
     assert f"folder {tmp_path / 'nowhere'} does not exist" in capsys.readouterr().out
     assert command.main(["data", "check", "watch", str(folder)]) == 1

@@ -145,7 +145,7 @@ def test_an_origin_with_many_examples_does_not_choose_the_round(toy, monkeypatch
 
     def watched(*_):
         plain, by_origin = next(accuracies)
-        return training.Watched({"mean": plain, "sum": plain}, {"mean": by_origin, "sum": by_origin})
+        return training.Watched({"mean": plain, "sum": plain}, {"mean": by_origin, "sum": by_origin}, plain)
 
     run = Training(toy.without_test(), row("mla"), TINY, 0.05, 0)
     monkeypatch.setattr(training, "watched", watched)

@@ -193,7 +193,7 @@ def _check(options: argparse.Namespace) -> int:
     reading = Reading(options.network, options.weights or {}, True, options.speakers)
     found = on_disk_of(options.set)
     check_reading(options.set, reading)
-    report = check(found, options.folder, reading)
+    report = check(found, options.folder, reading, options.loaders)
     print(report.text)
     return 1 if report.problems else 0
 
@@ -455,6 +455,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("set", metavar="NAME", help="data set, see igm-rs list")
     check.add_argument("folder", type=Path, metavar="FOLDER", help="where its files lie")
     check.add_argument("--network", choices=CHOICES["network"], default="default", help="for these encoders")
+    check.add_argument(
+        "--loaders", type=_natural, default=0, metavar="N",
+        help="processes that decode (default: 0, the command's own does)",
+    )  # fmt: skip
     _add_reading_options(check)
     check.set_defaults(run=_check)
     listed = parts.add_parser("list", help="list data sets, methods, tables and figures")

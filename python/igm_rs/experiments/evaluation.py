@@ -33,7 +33,7 @@ __all__ = [
     "accuracy_by_origin",
     "calibrated",
     "evaluate",
-    "macro_f1_of_mean",
+    "macro_f1",
     "measures",
     "of_fusion",
     "predictions",
@@ -95,6 +95,21 @@ def accuracy_by_origin(scores: Tensor, labels: Tensor, origins: Tensor) -> float
     return float((right / count[place]).sum() / len(count))
 
 
+def macro_f1(scores: Tensor, labels: Tensor) -> float:
+    """Return the mean over the classes of the F1 score, in [0, 1].
+
+    A class of which there is no example is left out if it is never predicted either.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``(n, c)``, logits or probabilities.
+    labels : Tensor
+        ``(n,)``, int64, classes.
+    """
+    return float(multiclass_f1_score(scores.argmax(-1), labels, scores.shape[-1], average="macro"))
+
+
 def measures(probabilities: Tensor, labels: Tensor, origins: Tensor) -> dict[str, float]:
     """Return all :data:`MEASURES` of one prediction.
 
@@ -112,9 +127,9 @@ def measures(probabilities: Tensor, labels: Tensor, origins: Tensor) -> dict[str
     dict of str to float
         ``accuracy``, the share of examples whose largest probability is that of their label; ``by_origin``, the same
         with every origin counting once, see :func:`accuracy_by_origin`; ``map``, the mean over the
-        classes of the average precision of telling this class from all others; ``macro_f1``, the mean over the classes
-        of the F1 score; ``nll``, the mean negative log-likelihood in nats. A class of which there is no example has no
-        average precision and is left out of that mean; it is left out of macro-F1 if it is never predicted either.
+        classes of the average precision of telling this class from all others; ``macro_f1``, see :func:`macro_f1`;
+        ``nll``, the mean negative log-likelihood in nats. A class of which there is no example has no average precision
+        and is left out of that mean.
     """
     classes = probabilities.shape[-1]
     # torchmetrics takes numbers past 1, even those of rounding, for logits
@@ -125,7 +140,7 @@ def measures(probabilities: Tensor, labels: Tensor, origins: Tensor) -> dict[str
         "accuracy": accuracy(probabilities, labels),
         "by_origin": accuracy_by_origin(probabilities, labels, origins),
         "map": float(precision[present].mean()),
-        "macro_f1": float(multiclass_f1_score(probabilities.argmax(-1), labels, classes, average="macro")),
+        "macro_f1": macro_f1(probabilities, labels),
         "nll": float(-chosen.clamp_min(torch.finfo(torch.float64).tiny).log().mean()),
     }
 
@@ -211,10 +226,13 @@ class Watched:
         By modality and fusion, see :func:`accuracy`.
     by_origin : dict of str to float
         Likewise, see :func:`accuracy_by_origin`.
+    macro_f1 : float
+        Of the mean fusion, by which the released scripts choose, in [0, 1]; see :func:`macro_f1`.
     """
 
     accuracy: dict[str, float]
     by_origin: dict[str, float]
+    macro_f1: float
 
 
 def watched(model: Branches, split: Split, means: Means | None = None) -> Watched:
@@ -223,13 +241,8 @@ def watched(model: Branches, split: Split, means: Means | None = None) -> Watche
     return Watched(
         {name: accuracy(values, split.labels) for name, values in found.items()},
         {name: accuracy_by_origin(values, split.labels, split.origins) for name, values in found.items()},
+        macro_f1(of_fusion(found, "mean"), split.labels),
     )
-
-
-def macro_f1_of_mean(model: Branches, split: Split, means: Means | None = None) -> float:
-    """Return the macro-F1 of the mean fusion, by which the released scripts choose, in [0, 1]."""
-    found = of_fusion(predictions(model, split, None, means), "mean")
-    return float(multiclass_f1_score(found.argmax(-1), split.labels, found.shape[-1], average="macro"))
 
 
 @dataclass(frozen=True)

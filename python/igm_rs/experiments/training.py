@@ -20,7 +20,7 @@ import igm_rs
 from .columns import Column
 from .configuration import Config
 from .data import DataSet
-from .evaluation import Watched, macro_f1_of_mean, of_fusion, watched
+from .evaluation import Watched, of_fusion, watched
 from .feeding import Means, batch_stream, feed
 from .methods import Row
 from .networks import Branches
@@ -497,14 +497,13 @@ class Training:
 
     def _choose(self, number: int, found: Watched, *, usable: bool) -> None:
         """Keep the weights if they are the best so far; of equals the later ones are."""
-        if not usable:
-            value = -math.inf
-        elif self.row.of.by_macro_f1(self.config):
-            value = macro_f1_of_mean(self.model, self._choosing, self.means)
-        elif self._choosing is self.data.validation:
-            value = of_fusion(found.by_origin, CHOSEN_BY)
-        else:  # as the released scripts do
-            value = of_fusion(watched(self.model, self._choosing, self.means).accuracy, CHOSEN_BY)
+        on_validation, value = self._choosing is self.data.validation, -math.inf
+        if usable:
+            seen = found if on_validation else watched(self.model, self._choosing, self.means)
+            if self.row.of.by_macro_f1(self.config):
+                value = seen.macro_f1
+            else:  # by accuracy on the test split, as the released scripts do, every example counts
+                value = of_fusion(seen.by_origin if on_validation else seen.accuracy, CHOSEN_BY)
         if value >= self._chosen[1]:
             self._chosen = (number, value, copy.deepcopy(self.model.state_dict()))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from igm_rs.experiments.columns import Column, Reading
@@ -53,7 +54,7 @@ class Report:
     problems: int
 
 
-def check(on_disk: OnDisk, folder: Path, reading: Reading) -> Report:
+def check(on_disk: OnDisk, folder: Path, reading: Reading, loaders: int = 0) -> Report:
     """Look through a folder, decode every file of every example once, and say what a training would use.
 
     Parameters
@@ -64,6 +65,8 @@ def check(on_disk: OnDisk, folder: Path, reading: Reading) -> Report:
         Where its files should lie.
     reading : Reading
         For which network. All that is wrong is told, whether examples with something wrong are to be left out or not.
+    loaders : int
+        Processes that decode; 0: this one does. The report is the same.
 
     Returns
     -------
@@ -82,7 +85,7 @@ def check(on_disk: OnDisk, folder: Path, reading: Reading) -> Report:
         told = _told(faults.found, KINDS)
         return Report("\n\n".join([head, *told, f"A training would not start: {error}"]), len(faults.found) + 1)
     columns, used, refusal = _planned(on_disk, survey, folder, reading)
-    undecodable = _undecodable(columns, survey, Home(on_disk.name, folder))
+    undecodable = _undecodable(_Decoded(columns, survey, Home(on_disk.name, folder)), loaders)
     sections = [
         head,
         "\n".join(_counts(on_disk, survey)),
@@ -110,19 +113,30 @@ def _planned(on_disk: OnDisk, survey: Survey, folder: Path, reading: Reading) ->
     return columns, used, ""
 
 
-def _undecodable(columns: Columns, survey: Survey, home: Home) -> list[Fault]:
-    """Decode every example, and of clips every picture; return what cannot be."""
-    found = []
-    total = sum(len(survey.examples[part]) for part in columns)
-    with tqdm(total=total, desc=f"decoding {home.name}", unit="clip", disable=None, leave=False) as bar:
-        for part, inputs in columns.items():
-            for place, example in enumerate(survey.examples[part]):
-                found += [
-                    Fault("truncated", *example.listed, str(error).split(ADVICE, maxsplit=1)[0])
-                    for error in _errors(inputs, place, example, home)
-                ]
-                bar.update()
-    return found
+class _Decoded(Dataset[Sequence[Fault]]):
+    """Every example of every split, decoded when it is asked for: of clips every picture; what cannot be decoded."""
+
+    def __init__(self, columns: Columns, survey: Survey, home: Home) -> None:
+        self.home = home
+        self._columns = columns
+        self._all = [(part, *each) for part in columns for each in enumerate(survey.examples[part])]
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, number: int) -> list[Fault]:
+        part, place, example = self._all[number]
+        return [
+            Fault("truncated", *example.listed, str(error).split(ADVICE, maxsplit=1)[0])
+            for error in _errors(self._columns[part], place, example, self.home)
+        ]
+
+
+def _undecodable(decoded: _Decoded, loaders: int) -> list[Fault]:
+    """Decode all; return what cannot be, in the order of the lists."""
+    name = f"decoding {decoded.home.name}"
+    each = DataLoader(decoded, batch_size=None, num_workers=loaders)
+    return [fault for found in tqdm(each, desc=name, unit="clip", disable=None, leave=False) for fault in found]
 
 
 def _errors(inputs: Mapping[str, Column | Tensor], place: int, example: Example, home: Home) -> Iterator[ValueError]:
