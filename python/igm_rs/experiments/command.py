@@ -140,9 +140,7 @@ def _figure(options: argparse.Namespace) -> int:
     from . import figures
 
     configs = _configs_of_5b(options) if options.name == "5b" else None
-    _, config, source = _begin(options)
-    if configs is not None:
-        options.network = None  # was not given
+    _, config, source = _begin(options, **({} if configs is None else {"network": list(configs)[-1]}))
     _check_used(options, figures.METHODS[options.name])
     if options.name not in ("3", "5b") and config.protocol == "paper":
         raise ValueError(f"protocol is 'paper', expected 'validation': figure {options.name} looks at no test split")
@@ -167,7 +165,7 @@ def _figure(options: argparse.Namespace) -> int:
 
 
 def _configs_of_5b(options: argparse.Namespace) -> dict[str, Config]:
-    """Return the configuration for each network of figure 5b; the last one is what the command then goes by.
+    """Return the configuration for each network of figure 5b.
 
     Raises
     ------
@@ -178,11 +176,7 @@ def _configs_of_5b(options: argparse.Namespace) -> dict[str, Config]:
 
     if options.network is not None:
         raise ValueError(f"network is {options.network!r}, expected none: figure 5b has its own")
-    found = {}
-    for network in NETWORKS:
-        options.network = network
-        found[network] = _config(options)
-    return found
+    return {network: _config(options, network=network) for network in NETWORKS}
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -216,15 +210,18 @@ def _page(options: argparse.Namespace) -> int:
     return 0
 
 
-def _begin(options: argparse.Namespace) -> tuple[DataSet, Config, Source]:
-    """Return data set, configuration and where data come from; what can be wrong is found before training."""
+def _begin(options: argparse.Namespace, **more: Any) -> tuple[DataSet, Config, Source]:
+    """Return data set, configuration and where data come from; what can be wrong is found before training.
+
+    `more` are values of the configuration that the command line cannot say.
+    """
     from .running import Source
 
     reading = Reading("default", options.weights or {}, options.skip_broken, options.speakers)
     source = Source(options.folder, tuple(options.register), reading, _means(options))
     try:
         source.known(options.data)
-        config = _config(options)
+        config = _config(options, **more)
         data = source.of(config)
     except TypeError as error:  # what a file of the user's holds
         raise ValueError(str(error)) from error
@@ -281,11 +278,12 @@ def _means(options: argparse.Namespace) -> Means:
     return Means(options.device, options.loaders)
 
 
-def _config(options: argparse.Namespace) -> Config:
-    """Return the configuration: the data set's file, or another one, and what the command line says."""
+def _config(options: argparse.Namespace, **more: Any) -> Config:
+    """Return the configuration: the data set's file, or another one, what the command line says, and `more`."""
     given = {each.name: getattr(options, each.name) for each in fields(Config) if each.name != "data"}
     overrides = {name: value for name, value in given.items() if value is not None}
-    return load_config(options.data, {name: _plain(value) for name, value in overrides.items()}, options.config)
+    plain = {name: _plain(value) for name, value in overrides.items()}
+    return load_config(options.data, {**plain, **more}, options.config)
 
 
 def _plain(value: Any) -> Any:
