@@ -98,24 +98,24 @@ def _gain(runs: Runs, network: str, key: str, fusion: str = FUSED) -> Difference
 
 
 def _paint(canvas: Canvas, runs: Runs) -> None:
-    """Draw a bar for each method and kind of encoders, every seed as a dot."""
+    """Draw every run of a method on a kind of encoders as a mark, and their mean as a line with its number."""
     ax = canvas.subplots()
     width = 0.8 / len(METHODS)
     for place, (key, label) in enumerate(METHODS.items()):
-        colour, *_ = look(place)
-        found = [[100 * value for value in _accuracies(runs[network, key]).values()] for network in NETWORKS]
-        at = [group + (place - (len(METHODS) - 1) / 2) * width for group in range(len(NETWORKS))]
-        ax.bar(at, [fmean(values) for values in found], 0.9 * width, color=colour, alpha=0.75, label=label)
-        for x, values in zip(at, found, strict=True):
-            ax.plot([x] * len(values), values, "o", color="black", markersize=3)
-            ax.annotate(f"{fmean(values):.1f}", (x, max(values)), (0, 4), textcoords="offset points", ha="center")
-    lowest = min(value for each in runs.values() for value in _accuracies(each).values())
-    ax.set_ylim(max(0.0, 100 * lowest - 8), None)
+        colour, marker, _ = look(place)
+        for group, network in enumerate(NETWORKS):
+            values = [100 * value for value in _accuracies(runs[network, key]).values()]
+            x, mean = group + (place - (len(METHODS) - 1) / 2) * width, fmean(values)
+            ax.plot([x] * len(values), values, marker, color=colour, alpha=0.6, label=None if group else label)
+            ax.hlines(mean, x - 0.3 * width, x + 0.3 * width, color=colour, linewidth=2.5)
+            ax.annotate(f"{mean:.1f}", (x + 0.3 * width, mean), (4, 0), textcoords="offset points", va="center")
     ax.set_xticks(range(len(NETWORKS)), list(NETWORKS.values()))
+    ax.set_xlim(-0.5, len(NETWORKS) - 0.5)
     ax.set_ylabel(f"test accuracy of the {FUSED} fusion (%)")
     ax.margins(y=0.1)
     ax.legend(frameon=False, ncols=len(METHODS), loc="upper center", bbox_to_anchor=(0.5, -0.08))
     bare(ax, "top", "right")
+    ax.grid(visible=False, axis="x")
 
 
 def _caption(order: Order, runs: Runs, rates: Mapping[str, Mapping[str, float]]) -> str:
@@ -141,5 +141,5 @@ def _caption(order: Order, runs: Runs, rates: Mapping[str, Mapping[str, float]])
     dots = "one run" if seeds == 1 else f"{seeds} runs"
     return (
         f"Test accuracy of the {FUSED} fusion at the round chosen on validation, mean ± standard deviation over {dots} "
-        f"of each method, every run a dot; learning rates chosen on validation. {' '.join(parts)}"
+        f"of each method (every run a mark, the mean a line); learning rates chosen on validation. {' '.join(parts)}"
     )
