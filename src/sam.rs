@@ -743,16 +743,8 @@ fn converted(tensors: &[&Tensor], kind: Kind) -> Result<Vec<Tensor>> {
         .collect()
 }
 
-/// [`perturb_`] by torch's multi-tensor operations, on any device, without waiting for it.
-fn perturb_general(
-    params: &[&Tensor],
-    gradients: &[&Tensor],
-    before: &[&Tensor],
-    norm: &Tensor,
-    rhos: &[f64],
-    infos: &[Info],
-    rule: Rule,
-) -> Result<()> {
+/// The tensors by ρ and the dtype that their ε is computed in.
+pub fn alike(rhos: &[f64], infos: &[Info]) -> Vec<(f64, Kind, Vec<usize>)> {
     let mut groups: Vec<(f64, Kind, Vec<usize>)> = Vec::new();
     for (index, (&rho, info)) in rhos.iter().zip(infos).enumerate() {
         let kind = work_kind(info);
@@ -764,6 +756,20 @@ fn perturb_general(
             None => groups.push((rho, kind, vec![index])),
         }
     }
+    groups
+}
+
+/// [`perturb_`] by torch's multi-tensor operations, on any device, without waiting for it.
+fn perturb_general(
+    params: &[&Tensor],
+    gradients: &[&Tensor],
+    before: &[&Tensor],
+    norm: &Tensor,
+    rhos: &[f64],
+    infos: &[Info],
+    rule: Rule,
+) -> Result<()> {
+    let groups = alike(rhos, infos);
     // ε before any change, so that a failure leaves the weights alone.
     let mut perturbations = Vec::with_capacity(groups.len());
     for (rho, kind, indices) in &groups {

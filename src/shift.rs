@@ -5,8 +5,8 @@ use tch::{Kind, Tensor};
 use crate::aten::{self, with_stored, Info, Loop, Real, Stored};
 use crate::error::{Error, Result};
 use crate::sam::{
-    add_squares, borrowed, bytes, check_climb, check_disjoint, check_norm, count, gathered, numels,
-    optional, pick, work_kind, Paths, SquareSum, BLOCK, LANES,
+    add_squares, alike, borrowed, bytes, check_climb, check_disjoint, check_norm, count, gathered,
+    numels, optional, pick, work_kind, Paths, SquareSum, BLOCK, LANES,
 };
 
 /// What a chunk of the perturbation came to.
@@ -164,30 +164,48 @@ fn wide(tensors: &[&Tensor], infos: &[Info]) -> Result<Vec<Tensor>> {
         .collect()
 }
 
-/// s = ρ/‖·‖ of each tensor, 0-dim in the dtype that its ε is computed in, and 0 where it would not be finite; nothing waits for a device.
-fn scales(
+/// ε = ρ g/‖·‖ of each tensor in the dtype that it is computed in, 0 where ρ/‖·‖ is no finite number of it; nothing waits for a device.
+///
+/// Tensors of one ρ and dtype have one quotient, or one vector of quotients.
+fn epsilons(
     gradients: &[&Tensor],
     norm: Option<&Tensor>,
     rhos: &[f64],
     infos: &[Info],
 ) -> Result<Vec<Tensor>> {
     let slopes = wide(gradients, infos)?;
-    let norms = match norm {
-        Some(norm) => gradients.iter().map(|_| norm.shallow_clone()).collect(),
-        None => aten::foreach_norm(&borrowed(&slopes), None)?,
-    };
-    norms
-        .iter()
-        .zip(rhos)
-        .zip(infos)
-        .map(|((norm, &rho), info)| {
-            let wide = norm.f_to_dtype(Kind::Double, false, false)?;
-            let quotient = wide.f_full_like(rho)?.f_div(&wide)?;
-            Ok(quotient
-                .f_to_dtype(work_kind(info), false, false)?
-                .f_nan_to_num(0.0, 0.0, 0.0)?)
-        })
-        .collect()
+    let slopes = borrowed(&slopes);
+    let mut found: Vec<Option<Tensor>> = gradients.iter().map(|_| None).collect();
+    for (rho, kind, indices) in alike(rhos, infos) {
+        let mine = pick(&slopes, &indices);
+        let products = if let Some(norm) = norm {
+            aten::foreach_mul(&mine, &quotient(norm, rho, kind)?)?
+        } else {
+            let norms = aten::foreach_norm(&mine, None)?;
+            quotient(&Tensor::f_stack(&norms, 0)?, rho, kind)?
+                .f_unbind(0)?
+                .iter()
+                .zip(&mine)
+                .map(|(scale, g)| Ok(g.f_mul(scale)?))
+                .collect::<Result<Vec<_>>>()?
+        };
+        for (index, product) in indices.into_iter().zip(products) {
+            if let Some(place) = found.get_mut(index) {
+                *place = Some(product);
+            }
+        }
+    }
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// ρ/‖·‖ in float64, rounded to `kind`; 0 where that is not finite.
+fn quotient(norms: &Tensor, rho: f64, kind: Kind) -> Result<Tensor> {
+    let wide = norms.f_to_dtype(Kind::Double, false, false)?;
+    Ok(wide
+        .f_full_like(rho)?
+        .f_div(&wide)?
+        .f_to_dtype(kind, false, false)?
+        .f_nan_to_num(0.0, 0.0, 0.0)?)
 }
 
 /// What [`shift_fused`] does, by torch's own operations on any device: [‖realised ε‖, moved, with a gradient, ‖ε‖], on that device.
@@ -202,12 +220,7 @@ fn shift_general(
     let Some(first) = infos.first() else {
         return Ok(None);
     };
-    let epsilons = scales(gradients, norm, rhos, infos)?
-        .iter()
-        .zip(gradients)
-        .zip(infos)
-        .map(|((scale, g), info)| Ok(g.f_to_dtype(work_kind(info), false, false)?.f_mul(scale)?))
-        .collect::<Result<Vec<_>>>()?;
+    let epsilons = epsilons(gradients, norm, rhos, infos)?;
     let epsilons = borrowed(&epsilons);
     aten::foreach_copy_(shifted, params)?;
     aten::foreach_add_(shifted, &epsilons)?;

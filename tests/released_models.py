@@ -1,5 +1,6 @@
 """Small networks of convolutions, normalisation and Linear layers for released steps, and their mixed batches."""
 
+import copy
 import functools
 
 import torch
@@ -24,7 +25,14 @@ SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-
 ADAM = functools.partial(torch.optim.Adam, lr=2e-3, weight_decay=1e-2)
 
 PAPER = Released(
-    norm="all", restore=True, second_pass="whole", flat_ratio=1.0, gather="turn", pairing="position", reset=()
+    norm="all",
+    restore=True,
+    second_pass="whole",
+    flat_ratio=1.0,
+    gather="turn",
+    layers="all",
+    pairing="position",
+    reset=(),
 )
 
 
@@ -46,14 +54,22 @@ def encoder(name):
 
 
 class Net(nn.Module):
-    """An encoder, and a head whose first two layers have one shape, for each modality."""
+    """An encoder, and a head whose first two layers have one shape, for each modality; convolutions go before them."""
 
-    def __init__(self, names=TWO):
+    def __init__(self, names=TWO, convolutions=False):
         super().__init__()
+        before = [nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 2, 3, padding=1), nn.Tanh(), nn.Flatten()]
         self.encoders = nn.ModuleDict({name: encoder(name) for name in names})
         self.heads = nn.ModuleDict(
             {
-                name: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+                name: nn.Sequential(
+                    *(copy.deepcopy(before) if convolutions else []),
+                    nn.Linear(6, 6),
+                    nn.Tanh(),
+                    nn.Linear(6, 6),
+                    nn.Tanh(),
+                    nn.Linear(6, CLASSES),
+                )
                 for name in names
             }
         )
@@ -66,9 +82,9 @@ class Net(nn.Module):
         return IGMOptimizer(base(self.parameters()), **(told | {"mode": "released"} | options))
 
 
-def net(names=TWO, dtype=F64, seed=0):
+def net(names=TWO, dtype=F64, seed=0, **options):
     torch.manual_seed(seed)
-    return Net(names).to(dtype)
+    return Net(names, **options).to(dtype)
 
 
 def batches(names, count, dtype=F64, size=8, seed=0):

@@ -39,15 +39,27 @@ class Trial:
     model two steps before a stage's end is loaded where the next one begins.
     """
 
-    def __init__(self, stages, base=SGD, dtype=F64, mode="released", **switches):
+    schedule = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.1)
+    device = "cpu"
+
+    def __init__(self, stages, base=SGD, dtype=F64, mode="released", convolutions=False, **switches):
         self.stages = stages
         names = tuple(dict.fromkeys(name for name, _ in stages))
-        self.model = net(names, dtype)
+        self.model = net(names, dtype, convolutions=convolutions).to(self.device)
         self.twin = copy.deepcopy(self.model)
         self.opt = self.model.optimizer(base, mode=mode)
         self.gathers = isinstance(mode, Released) and mode.gather == "turn"
         self.scripts = Scripts(self.twin.encoders, self.twin.heads, base, rho=RHO, tau=TAU, **switches)
-        self.data = batches(names, 10, dtype)
+        self.data = {
+            name: [
+                {
+                    key: value.to(self.device) if isinstance(value, torch.Tensor) else value
+                    for key, value in each.items()
+                }
+                for each in mine
+            ]
+            for name, mine in batches(names, 10, dtype).items()
+        }
 
     def run(self):
         """Run all stages; yield the greatest distance between the weights after each step."""
@@ -59,11 +71,9 @@ class Trial:
                 if not self.gathers:
                     self.collect(before)
             self.scripts.stage(name, before, None if before is None else self.data[before])
-            schedulers = [
-                torch.optim.lr_scheduler.StepLR(base, step_size=2, gamma=0.1) for base in (self.opt, self.scripts.base)
-            ]
             steps = iter(range(sum(epochs)))
             with self.opt.turn(name):
+                schedulers = [type(self).schedule(base) for base in (self.opt, self.scripts.base)]
                 for length in epochs:
                     with warnings.catch_warnings():  # the scripts step it before the epoch
                         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -125,6 +135,56 @@ def test_weights_are_those_of_the_scripts(stages, base, dtype):
         assert (p - start[name]).abs().max() > 1e-3, name  # each of them has been perturbed and stepped
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+        functools.partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1]),
+        functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda epoch: (epoch + 1) / 3),
+    ],
+    ids=lambda schedule: schedule.func.__name__,
+)
+@pytest.mark.parametrize("base", [SGD, ADAM], ids=["SGD", "Adam"])
+def test_a_scheduler_that_moves_the_lr_before_the_first_step_counts(base, schedule, monkeypatch):
+    """The scripts step it before each epoch, the first of a stage too, on an optimizer that is new there."""
+    monkeypatch.setattr(Trial, "schedule", schedule)
+    assert max(Trial(STAGES["two, three stages"], base).run()) <= 1e-12
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("base", [SGD, ADAM], ids=["SGD", "Adam"])
+@pytest.mark.parametrize("stages", STAGES)
+def test_weights_are_those_of_the_scripts_on_cuda(stages, base, dtype, monkeypatch):
+    """Sums run in another order there, and ε of each tensor is divided by a norm of float32 rounding."""
+    monkeypatch.setattr(Trial, "device", "cuda")
+    assert max(Trial(STAGES[stages], base, dtype).run()) <= (1e-11 if dtype == F64 else 1e-5)
+
+
+def test_convolutions_are_not_projected():
+    """Those of both heads have one shape; a T of them would act with layers="all"."""
+    stages = STAGES["two, three stages"]
+    trial = Trial(stages, convolutions=True)
+    assert max(trial.run()) <= 1e-12
+    assert trial.opt.last_stats["projected"].keys() == {f"audio.{i}" for i in (4, 6, 8)}
+    every = Trial(stages, mode=Released(layers="all"), convolutions=True)
+    assert max(every.run()) > 1e-3
+    assert every.opt.last_stats["projected"].keys() == {f"audio.{i}" for i in (1, 4, 6, 8)}
+
+
+def test_of_a_scope_linear_layers_alone_are_projected():
+    found = {}
+    for layers in ("linear", "all"):
+        model = net(THREE)
+        members = {name: [model.encoders[name], model.heads[name]] for name in THREE}
+        opt = IGMOptimizer(SGD(model.parameters()), members, scope=1.0, model=model, mode=Released(layers=layers))
+        found[layers] = {mine for mine, _ in opt.pairs["of"]["rgb"]}, opt.projected_share["of"]
+    linear = {"encoders.of.4", *(f"heads.of.{i}" for i in (0, 2, 4))}
+    assert found["linear"][0] == linear
+    assert found["all"][0] == linear | {"encoders.of.0"}
+    assert found["linear"][1] < found["all"][1]
+
+
 def test_a_base_that_is_not_fused():
     rmsprop = functools.partial(torch.optim.RMSprop, lr=1e-3, momentum=0.5)
     assert max(Trial(STAGES["two"], rmsprop).run()) <= 1e-12
@@ -146,7 +206,9 @@ SWITCHES = {
     "reset of lr": {"reset": ("lr",)},
     "all but one": {"norm": "all", "restore": True, "flat_ratio": 1.0, "gather": "turn", "reset": ()},
     "the paper's": {
-        field.name: getattr(PAPER, field.name) for field in dataclasses.fields(PAPER) if field.name != "rho_head"
+        field.name: getattr(PAPER, field.name)
+        for field in dataclasses.fields(PAPER)
+        if field.name not in ("rho_head", "layers")
     },
 }
 
@@ -167,7 +229,7 @@ def test_each_switch_is_that_of_the_scripts_and_makes_a_difference(switches, bas
 
 def test_every_field_has_its_switch_in_the_test_above():
     tried = {key for given in SWITCHES.values() if len(given) == 1 for key in given}
-    assert tried == {field.name for field in dataclasses.fields(Released)}
+    assert tried == {field.name for field in dataclasses.fields(Released)} - {"layers"}  # whose own test is above
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
@@ -646,3 +708,12 @@ def test_a_perturbation_below_the_resolution_is_warned_about():
     with opt.turn("audio"), pytest.warns(UserWarning, match="rho = 1e-10 is below the resolution of the weights"):
         opt.step(closure_for(model, "audio", batches(TWO, 1, F32)["audio"][0]))
     assert opt.last_stats["effective_perturbation"] < 0.5
+
+
+def test_a_perturbation_beyond_the_dtype_is_warned_about_as_such():
+    model = net(dtype=F32)
+    opt = model.optimizer(rho=1e38)
+    with opt.turn("audio"), pytest.warns(UserWarning, match=r"rho = 1e\+38 over the norm of a gradient is beyond the"):
+        opt.step(closure_for(model, "audio", batches(TWO, 1, F32)["audio"][0]))
+    assert opt.last_stats["moved"] == 0
+    assert opt.last_stats["effective_perturbation"] is None

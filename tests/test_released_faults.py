@@ -310,3 +310,15 @@ def test_no_hook_stays_and_no_scratch_is_kept_alive():
     del opt
     gc.collect()
     assert hooks() == 0
+
+
+def test_several_processes_are_refused_before_the_closure(monkeypatch):
+    """Each would climb by the gradient of its own batch: autograd.grad, unlike backward, is averaged by nobody."""
+    model = net()
+    opt = model.optimizer(tau=0.0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    before = copy.deepcopy((dict(model.named_parameters()), opt.state_dict()))
+    with pytest.raises(RuntimeError, match=r"mode='released' in 2 processes: .* expected one process, or mode='paper'"):
+        opt.step(lambda: pytest.fail("the closure was called"))
+    assert not differences(before, (dict(model.named_parameters()), opt.state_dict()))

@@ -49,6 +49,7 @@ REFUSED_FIELDS = [
     ({"second_pass": "all"}, ValueError, "second_pass is 'all', expected one of 'head', 'whole'"),
     ({"flat_ratio": 1.5}, ValueError, "flat_ratio is 1.5, expected a share in [0, 1]"),
     ({"gather": "steps"}, ValueError, "gather is 'steps', expected one of 'pass', 'turn'"),
+    ({"layers": "convolutions"}, ValueError, "layers is 'convolutions', expected one of 'linear', 'all'"),
     ({"pairing": "size"}, ValueError, "pairing is 'size', expected one of 'position', 'name', 'shape'"),
     ({"reset": "weights"}, ValueError, "reset is 'weights', expected one of 'momentum', 'lr'"),
 ]

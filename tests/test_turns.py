@@ -223,6 +223,44 @@ def test_reset_at_the_start_of_a_turn(reset):
     assert opt.param_groups[0]["lr"] == (0.05 if "lr" in reset else 0.025)
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_block_without_a_step_keeps_the_lr(tensor):
+    """That of construction is there from the block's beginning, for a scheduler; without a step it goes again."""
+    model = OwnHeads().double()
+    first = torch.tensor(0.1) if tensor else 0.1
+    opt = IGMOptimizer(torch.optim.Adam(model.parameters(), lr=first, foreach=False), **model.options(), reset="lr")
+    group = opt.param_groups[0]
+
+    def give(lr):
+        if tensor:
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+    give(0.025)
+    with opt.turn("audio"):
+        assert float(group["lr"]) == pytest.approx(0.1)
+    assert float(group["lr"]) == pytest.approx(0.025)
+    with pytest.raises(ZeroDivisionError), opt.turn("audio"):
+        raise ZeroDivisionError
+    assert float(group["lr"]) == pytest.approx(0.025)
+    with opt.turn("audio"):
+        give(0.05)
+    assert float(group["lr"]) == pytest.approx(0.05)  # set there, and kept
+    with opt.turn("audio"):
+        give(0.05)
+        step(model, opt, "audio", 0)
+    assert float(group["lr"]) == pytest.approx(0.05)
+    give(0.025)
+    with pytest.raises(ZeroDivisionError), opt.turn("audio"):
+        step(model, opt, "audio", 1)
+        give(0.0125)
+        raise ZeroDivisionError
+    with opt.turn("audio"):  # the same turn goes on
+        assert float(group["lr"]) == pytest.approx(0.0125)
+    assert (group["lr"] is first) == tensor
+
+
 def test_reset_of_an_lr_that_is_a_tensor():
     model = OwnHeads().double()
     base = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1), capturable=False, foreach=False)

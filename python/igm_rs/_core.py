@@ -96,6 +96,8 @@ class Structure:
     sources: str | Mapping[str, Any]
     later: Mapping[str, list[str]] = field(default_factory=dict)
     """The sources of modalities that came later with sources of their own."""
+    linear: bool = False
+    """Whether Linear layers alone are projected."""
 
 
 @dataclass

@@ -20,6 +20,15 @@ class Course:
     def __init__(self, core: Core) -> None:
         self._core = core
 
+    def open(self, modality: str) -> bool:
+        """Enter a ``turn()`` block; return whether a new turn begins there, rather than the open one going on."""
+        core = self._core
+        if core.counters.open == modality and core.counters.explicit:
+            return False
+        self.leave()
+        core.counters.started[modality] = False
+        return True
+
     def enter(self, active: str) -> None:
         """Note that a step (or a collecting pass) of `active` succeeds; the first of a turn begins its Ȳ."""
         core = self._core
@@ -38,7 +47,7 @@ class Course:
             core.projection.begin(active)
             counters.started[active] = True
             counters.since[active] = 0
-            self._start_anew(active)
+            self._start_anew(active, implicit=implicit)
         if not implicit or core.refresh == "turn":
             counters.open, counters.explicit = active, not implicit
 
@@ -143,19 +152,51 @@ class Course:
             )
         return None
 
-    def _start_anew(self, active: str) -> None:
-        """The options of ``reset``, at the first step of a turn."""
+    def _start_anew(self, active: str, *, implicit: bool) -> None:
+        """The options of ``reset``, at the first step of a turn; the lr of a ``turn()`` block is so from its beginning.
+
+        So a scheduler that is stepped before the first step of the block counts.
+        """
         core = self._core
         if "momentum" in core.reset:
             for _, members in core.modalities.active[active]:
                 for p in members:
                     core.base.state.pop(p, None)
+        if implicit:
+            self.first_lr()
+
+    def first_lr(self) -> None:
+        """Let every group have the lr of construction, where that is reset."""
+        core = self._core
         if "lr" in core.reset:
-            for group, lr in zip(core.base.param_groups, core.initial_lr, strict=True):
-                if isinstance(group.get("lr"), torch.Tensor):
-                    group["lr"].fill_(lr)
-                elif "lr" in group:
-                    group["lr"] = lr
+            for group, lr in zip(core.base.param_groups, core.initial_lr, strict=False):  # steps tell of one too many
+                _set_lr(group, lr)
+
+    def way_back_of_lr(self) -> Callable[[], None]:
+        """Return what gives every group that has the lr of construction the one that it has now."""
+        core = self._core
+        if "lr" not in core.reset:
+            return _nothing
+        groups = core.base.param_groups
+        before = [lr.clone() if isinstance(lr := group.get("lr"), torch.Tensor) else lr for group in groups]
+
+        def undo() -> None:
+            for group, lr, first in zip(core.base.param_groups, before, core.initial_lr, strict=False):
+                if lr is not None and bool(group["lr"] == first):
+                    _set_lr(group, lr)
+
+        return undo
+
+
+def _set_lr(group: dict[str, Any], lr: Any) -> None:
+    if isinstance(group.get("lr"), torch.Tensor):
+        group["lr"].fill_(lr)
+    elif "lr" in group:
+        group["lr"] = lr
+
+
+def _nothing() -> None:
+    """Take nothing back."""
 
 
 def _raise(complaint: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ from ._projection import Projection
 __all__ = ["add_modality", "layers_of", "sources_of", "structure_of"]
 
 
-def structure_of(heads: Any, head: Any, scope: float | None, model: nn.Module | None, sources: Any) -> Structure:
+def structure_of(
+    heads: Any, head: Any, scope: float | None, model: nn.Module | None, sources: Any, linear: bool
+) -> Structure:
     """Return what the optimizer was told, as it is now: iterators and the user's own mappings are looked at once."""
     if isinstance(heads, (Mapping, nn.ModuleDict)):
         heads = {name: _kept(value) for name, value in heads.items()}
-    return Structure(heads, _kept(head), scope, model, dict(sources) if isinstance(sources, Mapping) else sources)
+    told = dict(sources) if isinstance(sources, Mapping) else sources
+    return Structure(heads, _kept(head), scope, model, told, linear=linear)
 
 
 def layers_of(
@@ -32,8 +36,12 @@ def layers_of(
 ) -> dict[str, list[Layer]]:
     """Return the projected layers of the modalities `names`."""
     if structure.scope is not None:
-        return scope_layers(modalities, structure.scope, structure.model, names=names, known=known)
-    return head_layers(modalities, structure.heads, structure.head, structure.model, names=names, known=known)
+        found = scope_layers(modalities, structure.scope, structure.model, names=names, known=known)
+    else:
+        found = head_layers(modalities, structure.heads, structure.head, structure.model, names=names, known=known)
+    if structure.linear:
+        return {name: [layer for layer in mine if layer.is_linear] for name, mine in found.items()}
+    return found
 
 
 def sources_of(names: tuple[str, ...], structure: Structure) -> dict[str, list[str]]:
@@ -169,7 +177,7 @@ def _extended(core: Core, name: str, head: Any | None, sources: Any) -> Structur
         if not isinstance(listed, (list, tuple)) or not all(isinstance(each, str) for each in listed):
             raise TypeError(f"sources is {sources!r}, expected the name of a modality or a list of names")
         later[name] = list(listed)
-    return Structure(heads, before.head, before.scope, before.model, before.sources, later)
+    return replace(before, heads=heads, later=later)
 
 
 def _layers(projection: Projection) -> tuple[Layer, ...]:

@@ -101,6 +101,11 @@ class Layer:
         own = tensor if self.bias_rows is None else tensor[self.bias_rows]
         return own if self.groups == 1 else own.view(self.groups, -1)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a Linear layer wherever its weight is."""
+        return all(isinstance(module, nn.Linear) for module in self.modules)
+
     def size(self, *, bias: bool) -> int:
         """Number of its parameters, with or without the bias."""
         return self.matrix(self.weight).numel() + (

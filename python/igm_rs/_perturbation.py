@@ -99,11 +99,19 @@ def judge(core: Core, figures: dict[str, Any]) -> None:
     if figures["perturbation"].device.type != "cpu":
         warned.add("perturbation")  # looked at once: the next look would wait for the device again
     told = moved if length is None else length
-    if told is not None and told < _NOTICEABLE:
-        warned.discard("perturbation")
-        realised = "" if length is None else f"has {length:.2%} of the length asked for and "
+    if told is None or told >= _NOTICEABLE:
+        return
+    warned.discard("perturbation")
+    if core.released is not None and length is None and figures["rho"] > float(figures["climb_norm"]):
         core.warn_once(
             "perturbation",
-            f"rho = {figures['rho']:g} is below the resolution of the weights: the realised perturbation {realised}"
-            f"moved {moved or 0:.2%} of them, so SAM does next to nothing; 0.02 to 0.05 is a usual rho",
+            f"rho = {figures['rho']:g} over the norm of a gradient is beyond the dtype of every weight, so none was "
+            "perturbed; 0.02 to 0.05 is a usual rho",
         )
+        return
+    realised = "" if length is None else f"has {length:.2%} of the length asked for and "
+    core.warn_once(
+        "perturbation",
+        f"rho = {figures['rho']:g} is below the resolution of the weights: the realised perturbation {realised}"
+        f"moved {moved or 0:.2%} of them, so SAM does next to nothing; 0.02 to 0.05 is a usual rho",
+    )

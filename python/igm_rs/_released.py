@@ -15,7 +15,7 @@ from ._course import Course
 from ._device import capturing
 from ._layers import modules_of
 from ._perturbation import gradient_norm, judge
-from ._step import Figures, Stepper, usable
+from ._step import Figures, Stepper, processes, usable
 from .released import Released
 
 __all__ = ["ReleasedStepper", "check_fit", "mode_of"]
@@ -72,6 +72,11 @@ class ReleasedStepper(Stepper):
             return None
         if closure is None:
             raise TypeError(f"step() without a closure with mode='released', expected one that returns {_PAIR}")
+        if (count := processes()) > 1:
+            raise RuntimeError(
+                f"mode='released' in {count} processes: each would perturb by the gradient of its own batch, and the "
+                "replicas would drift apart; expected one process, or mode='paper'"
+            )
         core = self._core
         core.forget_passes()
         core.base.zero_grad(set_to_none=True)
@@ -80,7 +85,6 @@ class ReleasedStepper(Stepper):
         if active is None:
             core.tap.drop()
             return loss
-        self._check_processes(active)
         params, gradients, rhos = core.moving(active)
         if capturing(params):
             raise RuntimeError("mode='released' while a CUDA graph is recorded: expected mode='paper' there")

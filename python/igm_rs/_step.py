@@ -23,7 +23,7 @@ from ._random import RandomState
 from ._rollback import Rollback
 from .stats import step_stats
 
-__all__ = ["Figures", "Stepper", "one_closure", "usable"]
+__all__ = ["Figures", "Stepper", "one_closure", "processes", "usable"]
 
 Figures = dict[str, Any]
 
@@ -557,13 +557,11 @@ class Stepper:
 
     def _check_processes(self, active: str) -> None:
         """Raise RuntimeError where T would differ from process to process."""
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-            return
-        if self._core.projects(active):
+        count = processes()
+        if count > 1 and self._core.projects(active):
             raise RuntimeError(
-                f"projection in {distributed.get_world_size()} processes: each would make another T from its own "
-                "features, and the replicas would drift apart; expected tau=0 (SAM works), or one process"
+                f"projection in {count} processes: each would make another T from its own features, and the replicas "
+                "would drift apart; expected tau=0 (SAM works), or one process"
             )
 
     def _make_state_only(self, closure: Closure | None) -> bool:
@@ -683,6 +681,13 @@ def _identical(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 
 def _finite(norm: torch.Tensor) -> bool:
     return math.isfinite(float(norm))
+
+
+def processes() -> int:
+    """Return how many processes train together, as torch.distributed has it."""
+    distributed = torch.distributed
+    together = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if together else 1
 
 
 def usable(*norms: torch.Tensor) -> bool:

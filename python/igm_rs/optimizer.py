@@ -125,7 +125,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         Layers of several groups are decomposed, and with "polynomial" spectra with λ_max − λ_min below 1 % of λ_max,
         of which a polynomial would enlarge the rounding. ``last_stats["routes"]`` tells.
     reset : subset of {"momentum", "lr"}
-        What starts anew with each turn: the base's state of the moving parameters; the lr of construction.
+        What starts anew with each turn: the base's state of the moving parameters, at the turn's first step; the lr of
+        construction, where the block begins, so that a scheduler made or stepped in it counts.
     alpha : float, optional
         Of the ridge > 0, 30 by default (10 to 100 are usual); of the null space ≥ 1, 10 by default; of the orthogonal
         projector > 0, 0.1 by default.
@@ -285,7 +286,9 @@ class IGMOptimizer(torch.optim.Optimizer):
         for group in ready.param_groups:
             check_group(group)
         members = Modalities(modalities, ready.param_groups, known)
-        structure = structure_of(heads, head, None if scope is None else _checks.share("scope", scope), model, sources)
+        share = None if scope is None else _checks.share("scope", scope)
+        linear = released is not None and released.layers == "linear"
+        structure = structure_of(heads, head, share, model, sources, linear)
         layers = layers_of(members, structure, members.names)
         members.index(ready.param_groups)
         check_held(members, layers)
@@ -515,12 +518,13 @@ class IGMOptimizer(torch.optim.Optimizer):
         if core.turn is not None:
             raise RuntimeError(f"turn({name!r}) inside turn({core.turn!r}): leave the one before the other begins")
         core.refuse_perturbed("turn")
-        if not (core.counters.open == name and core.counters.explicit):
-            self._course.leave()
-            core.counters.started[name] = False
+        new = self._course.open(name)
+        lr_as_it_was = self._course.way_back_of_lr()
         core.turn = name
         finished = False
         try:
+            if new:
+                self._course.first_lr()
             yield self
             finished = True
         finally:
@@ -528,6 +532,8 @@ class IGMOptimizer(torch.optim.Optimizer):
             core.forget_passes()
             if core.perturbed is not None:
                 core.abandon_perturbation()
+            if core.counters.open != name:  # there was no step
+                lr_as_it_was()
         if finished and core.counters.open == name:
             self._course.end(name)
 

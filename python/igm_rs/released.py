@@ -24,8 +24,8 @@ class Released:
 
     A step of the active modality: g = ∇L(θ); each tensor p of θ⁽ʲ⁾ gets other memory that holds p + ρ g_p/‖g_p‖₂; F is
     the loss of the head there, on the features that the encoder gave at θ; the gradient is that of
-    (1 − w) L + w F, w the `flat_ratio`; a layer's gradient is multiplied by the T's of all source layers of its shape;
-    the base steps from the perturbed weights. A tensor without a gradient other than zero is not perturbed (the
+    (1 − w) L + w F, w the `flat_ratio`; a Linear layer's gradient is multiplied by the T's of all source layers of its
+    shape; the base steps from the perturbed weights. A tensor without a gradient other than zero is not perturbed (the
     scripts divide by zero there).
 
     Parameters
@@ -46,10 +46,14 @@ class Released:
     gather : {"pass", "turn"}
         Where the features of Ȳ come from: :meth:`igm_rs.IGMOptimizer.collect` alone, a pass in evaluation mode over the
         training data between two turns; or the steps of the turn, whose end makes T.
+    layers : {"linear", "all"}
+        Which layers of `heads`, `head` or `scope` are projected: Linear layers alone, or convolutions and attention,
+        too.
     pairing : {"position", "name", "shape"} or mapping
         Of the optimizer, of the same name: by equal shape of the weights, several T's for one layer.
     reset : subset of {"momentum", "lr"}
-        Of the optimizer, of the same name: the scripts build a new optimizer for each turn.
+        Of the optimizer, of the same name: the scripts build a new optimizer for each turn. A scheduler of the turn is
+        made, and stepped before its first epoch, inside the ``turn()`` block.
 
     Raises
     ------
@@ -64,11 +68,13 @@ class Released:
     pass. So ε of an encoder changes the gradients below its convolutions, though no loss is evaluated there.
     BatchNorm layers record their statistics in the first pass alone.
 
-    ``Released(norm="all", restore=True, second_pass="whole", flat_ratio=1.0, gather="turn", pairing="position",
-    reset=())`` is the paper's step.
+    ``Released(norm="all", restore=True, second_pass="whole", flat_ratio=1.0, gather="turn", layers="all",
+    pairing="position", reset=())`` is the paper's step.
 
     Not part of a step are the scripts' mixup (:func:`mixup`), their schedule (a new StepLR for each turn, stepped
-    before each epoch) and their choice of the best checkpoint on the test set.
+    before each epoch; turns of unlike lengths) and their choice of the best checkpoint on the test set.
+
+    A step needs one process, and waits for both gradient norms on CUDA.
 
     References
     ----------
@@ -99,6 +105,7 @@ class Released:
     second_pass: str = "head"
     flat_ratio: float = 0.3
     gather: str = "pass"
+    layers: str = "linear"
     pairing: str | Mapping[str, Any] = "shape"
     reset: str | tuple[str, ...] = ("momentum", "lr")
 
@@ -110,6 +117,7 @@ class Released:
         _checks.choice("second_pass", self.second_pass, ("head", "whole"))
         _checks.share("flat_ratio", self.flat_ratio)
         _checks.choice("gather", self.gather, ("pass", "turn"))
+        _checks.choice("layers", self.layers, ("linear", "all"))
         if not isinstance(self.pairing, Mapping):
             _checks.choice("pairing", self.pairing, ("position", "name", "shape"))
         _checks.names("reset", self.reset, ("momentum", "lr"))

@@ -72,6 +72,7 @@ class ReleasedScripts(Method):
                 second_pass="head" if "stale-head" in has else "whole",
                 flat_ratio=FLAT_RATIO if "mixed-loss" in has else 1.0,
                 gather="pass" if "pass" in has else "turn",
+                layers="linear" if "shape" in has else "all",
                 pairing="shape" if "shape" in has else "position",
                 reset=("momentum",) if "rebuild" in has else (),
             ),
