@@ -42,7 +42,17 @@ def test_each_shipped_set_has_a_readable_file(name):
     assert name in data.names()
     # what the file leaves out has no sensible text: none; or is for other sets, or one method
     named = set(re.findall(r"^(\w+) =", text, re.MULTILINE))
-    left_out = {"data", "scope", "sources", "learning_rate", "network", "patience", "released"}
+    left_out = {
+        "data",
+        "scope",
+        "sources",
+        "learning_rate",
+        "network",
+        "patience",
+        "released",
+        "rho_head",
+        "rate_passes",
+    }
     assert {each.name for each in fields(Config)} - named == left_out
 
 
@@ -92,6 +102,8 @@ def test_turns_use_up_the_budget():
         ({"tuning_seeds": [104]}, ValueError, r"tuning_seeds is \[104\], expected none of the final seeds 100 to 104"),
         ({"base": "lion"}, ValueError, "base is 'lion', expected 'sgd' or 'adam'"),
         ({"protocol": "test"}, ValueError, "protocol is 'test', expected 'validation' or 'paper'"),
+        ({"rho_head": -0.1}, ValueError, "rho_head is -0.1, expected a finite number >= 0"),
+        ({"rate_passes": 0}, ValueError, "rate_passes is 0, expected an integer from 1"),
         ({"sources": "b"}, TypeError, "sources is 'b', expected a mapping of modality to modality or None"),
         ({"rhoo": 1}, ValueError, "there is no setting 'rhoo', expected some of alpha, base, batch_size"),
     ],
@@ -123,6 +135,7 @@ def test_every_value_can_be_overridden(monkeypatch, tmp_path):
         "seeds": ("4", 4), "protocol": ("paper", "paper"), "network": ("default", "default"),
         "schedule": ("plateau", "plateau"),
         "patience": ("2", 2), "released": ("shape kept", ("kept", "shape")),
+        "rho_head": ("0.01", 0.01), "rate_passes": ("3", 3),
     }  # fmt: skip
     assert {each.name for each in fields(Config)} - set(given) == {"data"}
     apart = {name: given.pop(name) for name in ("momentum", "learning_rate")}  # have no part beside adam and rates

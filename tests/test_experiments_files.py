@@ -144,7 +144,7 @@ def test_every_method_trains_on_files_and_goes_on_to_the_bit_in_the_middle_of_a_
     assert all(math.isfinite(point["loss"]) for point in whole.curve)
 
 
-@pytest.mark.parametrize("step", range(1, 24, 2))
+@pytest.mark.parametrize("step", [*range(1, 24, 2), *range(4, 24, 4)])
 def test_the_released_arithmetic_goes_on_to_the_bit_wherever_it_is_left(filed, step):
     whole = Training(filed.without_test(), Row("released", NAMES), TINY, 0.05, 7).run()
     left, again = (Training(filed.without_test(), Row("released", NAMES), TINY, 0.05, 7) for _ in range(2))
@@ -384,9 +384,20 @@ def test_macro_f1_is_that_of_the_mean_fusion(filed):
     assert evaluation.watched(model, split).macro_f1 == pytest.approx(expected, abs=1e-6)  # float32
 
 
-def test_the_rate_of_the_scripts_is_stepped_before_each_pass_and_begun_anew_each_turn(filed, monkeypatch):
-    monkeypatch.setattr("igm_rs.experiments.methods.released.RATE_PASSES", 2)
-    config = dataclasses.replace(TINY, released=("step-lr",), steps=36, turn_steps=18)  # three passes a turn
+def test_the_heads_have_a_rho_of_their_own(filed):
+    def weights(**values):
+        config = dataclasses.replace(TINY, released=("kept",), learning_rate=0.05, **values)
+        return Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7).run().weights["last"]
+
+    usual, same, other = weights(), weights(rho_head=TINY.rho), weights(rho_head=0.0)
+    assert all(torch.equal(same[name], value) for name, value in usual.items())
+    assert any(not torch.equal(other[name], value) for name, value in usual.items())
+
+
+def test_the_rate_of_the_scripts_is_stepped_before_each_pass_and_begun_anew_each_turn(filed):
+    config = dataclasses.replace(
+        TINY, released=("step-lr",), steps=36, turn_steps=18, rate_passes=2
+    )  # three passes a turn
     training = Watched(filed.without_test(), Row("released", NAMES), config, 0.05, 7)
     training.run()
     turn = [0.05] * 6 + [0.005] * 12

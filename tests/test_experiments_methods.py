@@ -44,7 +44,7 @@ def test_methods_are_in_the_order_of_the_tables():
     assert OURS == [
         "single", "joint-concat", "joint-sum", "sam", "turns", "turns-sam", "mla", "igm-no-sam", "igm", "igm-shared",
         "shared-plain", "shared-frozen", "control-scalar", "control-random", "shared-scalar", "shared-random",
-        "igm-one-sided", "released",
+        "igm-one-sided", "released", "mla-three-layer",
     ]  # fmt: skip
     files = {Path(__import__(type(METHODS[key]).__module__, fromlist=["_"]).__file__).name for key in OURS}
     assert len(files) == len(OURS)

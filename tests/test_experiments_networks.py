@@ -188,7 +188,7 @@ def test_pictures_of_any_size_are_taken(height, width):
 
 
 def test_what_cannot_be_built_is_refused(loaded, every_kind):
-    with pytest.raises(ValueError, match="head is 'linear', expected 'own', 'shared', 'concat' or 'trunk'"):
+    with pytest.raises(ValueError, match="head is 'linear', expected one of 'own', 'shared', 'shared-three-layer', 'c"):
         Branches.of(every_kind, ["vector"], head="linear", seed=0)
     with pytest.raises(ValueError, match="modality is 'video', expected one of accelerometer, gyroscope"):
         Branches.of(loaded["watch"], ["video"], head="own", seed=0)

@@ -117,7 +117,7 @@ def rows_of(grid):
 def test_first_plan_has_every_method_and_each_modality_alone():
     lines = plans.plan(1, ["a", "b", "c"])
     assert [line.row.key for line in lines][:5] == ["single-a", "single-b", "single-c", "joint-concat", "joint-sum"]
-    wanted = [key for key in plans.METHODS if key not in ("single", "igm-one-sided", "released")]
+    wanted = [key for key in plans.METHODS if key not in ("single", "igm-one-sided", "released", "mla-three-layer")]
     assert [line.row.method for line in lines][3:] == wanted
     assert all(line.row.overrides == {} for line in lines)
     tuned = {line.row.key: line.tuned_as.key for line in lines if line.tuned_as.key != line.row.key}
@@ -199,7 +199,7 @@ def test_every_effect_is_of_methods_that_there_are():
     ("number", "modalities", "methods", "message"),
     [
         (6, ["a", "b"], None, "table is 6, expected one of 1, 2, 3, 4, 5"),
-        (1, ["a", "b"], ["released"], "methods has released, whose rows are those of table 5, expected others"),
+        (1, ["a", "b"], ["released"], "methods has released, which is that of table 5, expected others"),
         (1, ["a", "b"], ["other"], "method is 'other', expected one of single, "),
         (2, ["a", "b"], ["igm"], "methods: table 2 is about the methods that it has, expected a choice for table 1"),
         (1, ["a"], None, "modalities are a, expected at least two to compare methods"),

@@ -50,7 +50,7 @@ a new StepLR; macro-F1 of the mean fusion chooses the best weights."""
 CHOICES = {"base": BASES, "protocol": PROTOCOLS, "network": NETWORKS, "schedule": SCHEDULES}
 """Values of which there are few."""
 
-LATER = ("network", "schedule", "patience", "released")
+LATER = ("network", "schedule", "patience", "released", "rho_head", "rate_passes")
 """Values that configurations kept with older results do not have; they were made with the defaults of today."""
 
 
@@ -109,6 +109,11 @@ class Config:
         Rounds without a smaller training loss after which it is.
     released : tuple of str
         Which of :data:`DEVIATIONS` the method "released" has.
+    rho_head : float, optional
+        ρ of the heads in the method "released", whose scripts have one of their own; None: that of the modality.
+    rate_passes : int
+        Passes of a turn after which the StepLR of "released" divides the learning rate by 10. It is stepped before a
+        pass, so one earlier. The paper does not say after how many.
     """
 
     data: str = _option("watch", "data set")
@@ -138,6 +143,8 @@ class Config:
     schedule: str = _option("cosine", "learning rate: half a cosine, or a tenth at each plateau of the training loss")
     patience: int = _option(5, "rounds without a smaller training loss that make a plateau")
     released: tuple[str, ...] = _option(DEVIATIONS, "deviations of the method released: " + ", ".join(DEVIATIONS))
+    rho_head: float | None = _option(None, "ρ of the heads in the method released; none: that of the modality")
+    rate_passes: int = _option(40, "passes of a turn after which StepLR of the method released divides the rate by 10")
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -147,7 +154,7 @@ class Config:
         TypeError, ValueError
             Names the field, its value and what was expected.
         """
-        for name in ("steps", "turn_steps", "batch_size", "seeds", "patience"):
+        for name in ("steps", "turn_steps", "batch_size", "seeds", "patience", "rate_passes"):
             _integer(name, getattr(self, name), 1)
         _integer("first_seed", self.first_seed, 0)
         if isinstance(self.rho, Mapping):
@@ -156,6 +163,8 @@ class Config:
             _number(f"rho of {name}" if name else "rho", value, positive=False)
         for name in ("tau", "trunk_tau", "weight_decay"):
             _number(name, getattr(self, name), positive=False)
+        if self.rho_head is not None:
+            _number("rho_head", self.rho_head, positive=False)
         _number("alpha", self.alpha, positive=True)
         _number("momentum", self.momentum, positive=False)
         if not self.momentum < 1:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FUSED", "METHODS", "NETWORKS", "figure_5b"]
 
-METHODS = {"joint-sum": "plain", "mla": "MLA", "igm": "IGM"}
-"""What trains on the encoders' features, with its name in the picture."""
+METHODS = {"joint-sum": "plain", "mla-three-layer": "MLA", "igm": "IGM"}
+"""What trains on the encoders' features, with its name in the picture: each with three-layer heads, as in the paper's
+section 4.6; MLA has one for all modalities."""
 
 OTHERS = tuple(key for key in METHODS if key != "igm")
 """Those that IGM is compared with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ READINGS = 4
 PICTURE = 16
 """Pixels of a side of what :class:`PictureEncoder` looks at."""
 
-Head = Literal["own", "shared", "concat", "trunk"]
+Head = Literal["own", "shared", "shared-three-layer", "concat", "trunk"]
 
 
 class SeriesEncoder(nn.Module):
@@ -174,7 +174,8 @@ class Branches(nn.Module):
     heads : ModuleDict
         By modality; empty where there is one head for all.
     head : Module or None
-        The head for all: MLA's linear layer, or the three-layer head over the features of all modalities side by side.
+        The head for all: MLA's linear layer, or a three-layer head, of one modality's features at a time or over those
+        of all side by side.
     trunk : Module or None
         What all modalities share between encoder and head.
     joined : bool
@@ -208,9 +209,9 @@ class Branches(nn.Module):
             Its kinds of modalities decide on the encoders.
         modalities : sequence of str
             Those that the network has.
-        head : {"own", "shared", "concat", "trunk"}
-            A three-layer head for each modality (the paper); one linear layer for all (MLA); one three-layer head over
-            all features side by side; a trunk for all, and a linear layer for each.
+        head : {"own", "shared", "shared-three-layer", "concat", "trunk"}
+            A three-layer head for each modality (the paper); one linear layer for all (MLA); one three-layer head for
+            all; one over all features side by side; a trunk for all, and a linear layer for each.
         seed : int
             Of the initial weights. Those of a modality's encoder, and of the head that is its own, depend on the seed
             and on the modality's place in the data set only: every method starts a modality alike.
@@ -220,8 +221,8 @@ class Branches(nn.Module):
         ValueError
             If `head` is unknown, or a modality is, or a series is too short for the encoder.
         """
-        if head not in ("own", "shared", "concat", "trunk"):
-            raise ValueError(f"head is {head!r}, expected 'own', 'shared', 'concat' or 'trunk'")
+        if head not in get_args(Head):
+            raise ValueError(f"head is {head!r}, expected one of {', '.join(map(repr, get_args(Head)))}")
         for name in modalities:
             if name not in data.modalities:
                 raise ValueError(f"modality is {name!r}, expected one of {', '.join(data.modalities)}")
@@ -244,6 +245,8 @@ class Branches(nn.Module):
         with seeded(1000 * seed + len(data.modalities)):
             if head == "shared":
                 common = nn.Linear(width, data.classes)
+            elif head == "shared-three-layer":
+                common = three_layer_head(data.classes, width)
             elif head == "concat":
                 common = three_layer_head(data.classes, width * len(modalities))
             elif head == "trunk":

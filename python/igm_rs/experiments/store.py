@@ -48,8 +48,9 @@ NOT_TRAINING = ("analysis", "integrations")
 """Folders of the package that no run depends on."""
 
 PRESENTATION = (
-    *("__init__.py", "__main__.py", "command.py", "figures.py", "grids.py", "later.py", "listing.py", "page.py"),
-    *("plans.py", "protocol.py", "reproduction.py", "running.py", "statistics.py", "store.py", "tables.py"),
+    *("__init__.py", "__main__.py", "command.py", "extra.py", "figures.py", "finetuning.py", "grids.py", "later.py"),
+    *("listing.py", "page.py", "plans.py", "protocol.py", "reproduction.py", "running.py", "statistics.py", "store.py"),
+    "tables.py",
 )
 """Files of the experiments that no run's numbers depend on."""
 

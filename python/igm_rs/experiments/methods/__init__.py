@@ -10,6 +10,7 @@ from . import (
     joint_concat,
     joint_sum,
     mla,
+    mla_three_layer,
     released,
     sam,
     shared_frozen,
@@ -27,7 +28,7 @@ __all__ = ["METHODS", "Method", "Row", "Schedule", "base_optimizer", "control_op
 _ORDER = (
     *(single, joint_concat, joint_sum, sam, turns, turns_sam, mla, igm_no_sam, igm),
     *(igm_shared, shared_plain, shared_frozen, control_scalar, control_random, shared_scalar, shared_random),
-    *(igm_one_sided, released),
+    *(igm_one_sided, released, mla_three_layer),
 )
 """The files in the order of the tables, whatever order they were imported in."""
 

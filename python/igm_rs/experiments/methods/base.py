@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "PARTICULAR", "Method", "Row", "Schedule", "base_optimizer", "control_options", "keyed", "method"]
 
-PARTICULAR = ("rho", "tau", "trunk_tau", "alpha", "scope", "sources", "released")
+PARTICULAR = ("rho", "tau", "trunk_tau", "alpha", "scope", "sources", "released", "rho_head", "rate_passes")
 """Values of the configuration that are not for every method."""
 
 Schedule = Literal["single", "joint", "turns", "batches", "once"]
@@ -31,7 +31,7 @@ class Method:
     ----------
     key, label : str
         As given on the command line; as shown in tables and pictures, ``{}`` stands for a single modality's name.
-    head : {"own", "shared", "concat", "trunk"}
+    head : {"own", "shared", "shared-three-layer", "concat", "trunk"}
         Heads of the network, see :meth:`igm_rs.experiments.networks.Branches.of`.
     schedule : {"single", "joint", "turns", "batches", "once"}
         One modality, nothing else; all of them in each step, through one loss; one after another in turns of many

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 import igm_rs
 from igm_rs.experiments.configuration import Config
-from igm_rs.experiments.networks import Branches
+from igm_rs.experiments.networks import Branches, Head
 
 from .base import Method, base_optimizer, method
 
@@ -23,7 +24,7 @@ class Mla(Method):
 
     key = "mla"
     label = "MLA"
-    head = "shared"
+    head: ClassVar[Head] = "shared"
     schedule = "batches"
     modifies = True
 

@@ -29,8 +29,8 @@ FLAT_RATIO = 0.3
 MIXUP = 1.0
 """α of their mixup."""
 
-RATE_PASSES, RATE_FACTOR = 40, 0.1
-"""Passes of a turn after which they divide the learning rate by 10; it is stepped before a pass, so one earlier."""
+RATE_FACTOR = 0.1
+"""What a StepLR multiplies the learning rate by."""
 
 
 @method
@@ -45,8 +45,8 @@ class ReleasedScripts(Method):
 
     @property
     def uses(self) -> tuple[str, ...]:
-        """ρ, τ and the deviations."""
-        return ("rho", "tau", "released")
+        """ρ, τ, the deviations, and what belongs to them."""
+        return ("rho", "tau", "released", "rho_head", "rate_passes")
 
     def optimizer(
         self,
@@ -67,6 +67,7 @@ class ReleasedScripts(Method):
             rho=config.rho_of(modalities),
             tau=config.tau,
             mode=igm_rs.Released(
+                rho_head=config.rho_head,
                 norm="tensor" if "tensor-norm" in has else "all",
                 restore="kept" not in has,
                 second_pass="head" if "stale-head" in has else "whole",
@@ -133,4 +134,4 @@ class ReleasedScripts(Method):
 
     def rate_factor(self, config: Config, passes: int) -> float | None:
         """Return the factor of a StepLR that begins anew in each turn and is stepped before the pass."""
-        return float(RATE_FACTOR ** ((passes + 1) // RATE_PASSES)) if "step-lr" in config.released else None
+        return float(RATE_FACTOR ** ((passes + 1) // config.rate_passes)) if "step-lr" in config.released else None
