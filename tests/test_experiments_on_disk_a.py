@@ -608,7 +608,7 @@ BROKEN = [
     (
         same_speaker,
         "speaker",
-        "speaker 1005 is in the test split too, line 1 of {tree}/annotations/test.csv",
+        "speaker 1005 is in the test split too, {tree}/annotations/test.csv, line 1",
     ),
     (same_clip, "duplicate", "1005_DFA_SAD_XX is listed twice, first in {tree}/annotations/test.csv, line 3"),
 ]
@@ -812,7 +812,7 @@ KINETICS_BROKEN = [
     (
         video_of_the_test_split,
         "speaker",
-        "video testx0-_000 is in the test split too, line 2 of {tree}/annotations/",
+        "video testx0-_000 is in the test split too, {tree}/annotations/test.csv, line 2",
     ),
 ]
 

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 OUT = Path("results")
+
+SHOWN = 200
+"""Letters of torch's own reason against a device that are told, at most."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,8 +147,9 @@ def _figure(options: argparse.Namespace) -> int:
     _check_used(options, figures.METHODS[options.name])
     if options.name not in ("3", "5b") and config.protocol == "paper":
         raise ValueError(f"protocol is 'paper', expected 'validation': figure {options.name} looks at no test split")
-    if options.name in ("1", "4", "5a"):
-        _check_both(config, f"figure {options.name} is about IGM")
+    if options.name in ("1", "4", "5a", "5b"):
+        for each in (config, *(configs or {}).values()):
+            _check_both(each, f"figure {options.name} is about IGM")
     given = [name for name in ("rates", "tuning_seeds", "seeds") if getattr(options, name) is not None]
     if options.name == "5c" and given:
         raise ValueError(f"{_option(given[0])} has no part in figure 5c, expected none: it times one training each")
@@ -231,9 +235,15 @@ def _begin(options: argparse.Namespace, **more: Any) -> tuple[DataSet, Config, S
         raise ValueError(f"patience is {options.patience} with schedule {config.schedule}, expected schedule plateau")
     if options.workers is None:  # several at once may be more than a GPU, or the memory, holds
         options.workers = 1 if data.in_files or options.device != "cpu" else cores()
+    for spec in data.encoders.values():
+        if spec.digest:  # before anything is trained: whether its weights fit is seen by making it
+            spec.make()
     if data.left_out:
         print(f"left out of {data.name}: {data.left_out}; see igm-rs data check", file=sys.stderr)
     config.rho_of(data.modalities)
+    for name in config.rho if isinstance(config.rho, Mapping) else ():
+        if name not in data.modalities:
+            raise ValueError(f"rho names {name!r}, expected each of {', '.join(data.modalities)}")
     for name, whose in (config.sources or {}).items():
         for each in (name, whose):
             if each is not None and each not in data.modalities:
@@ -270,8 +280,10 @@ def _means(options: argparse.Namespace) -> Means:
     try:
         if torch.empty(0, device=options.device).device.type not in ("cpu", "cuda"):
             raise RuntimeError("nothing is tried on such")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        if len(reason) > SHOWN:
+            reason = "torch was not built for it"
         raise ValueError(
             f"device is {options.device!r}, expected cpu or cuda, which torch can use: {reason}"
         ) from error
@@ -542,14 +554,23 @@ def _number_or_none(text: str) -> float | str:
 
 def _natural(text: str) -> int:
     """Read an integer from 0."""
-    return 0 if text == "0" else count(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0")
+    return int(text)
 
 
 def _number_or_each(text: str) -> float | dict[str, float]:
     """Read a number, or such as ``audio=1e-10,video=1e-15``."""
-    if "=" not in text:
-        return float(text)
-    return {name: float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+    parts = [part.partition("=") for part in text.split(",")]
+    try:
+        if "=" not in text:
+            return float(text)
+        found = {name: float(value) for name, _, value in parts}
+    except ValueError:
+        found = {}
+    if len(found) < len(parts) or "" in found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, nor such as audio=1e-10,video=1e-15, each once")
+    return found
 
 
 def _paths(text: str) -> dict[str, Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .columns import Column
 
-__all__ = ["Means", "at_once", "batch_stream", "feed", "in_order"]
+__all__ = ["Means", "at_once", "batch_stream", "feed", "in_order", "lost_process_told"]
 
 Place = tuple[int, int | None]
 """Which example, and the seed of its random numbers; None: without any."""
@@ -104,6 +105,8 @@ def feed(column: Column, batch_size: int, seed: int, begin: int, means: Means) -
     ------
     ValueError
         If a file cannot be decoded: names it.
+    ChildProcessError
+        If a process that decodes is gone.
     """
     return _loaded(column, _Batches(len(column), batch_size, seed, begin), seed, means)
 
@@ -127,10 +130,32 @@ def _loaded(column: Column, batches: Iterable[list[Place]], seed: int, means: Me
         pin_memory=torch.device(means.device).type == "cuda",
         generator=torch.Generator().manual_seed(seed),  # torch's own, of which dropout draws, is left alone
     )
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+    with lost_process_told():
+        for batch in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+
+
+@contextmanager
+def lost_process_told() -> Iterator[None]:
+    """Say what may be done where a process that decodes is gone.
+
+    Raises
+    ------
+    ChildProcessError
+        In place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"a process that decodes files is gone ({str(error).splitlines()[0].rstrip('. ')}), most likely for want "
+            "of memory or of room in /dev/shm: try fewer --loaders; with --resume a training goes on from its last "
+            "saving"
+        ) from error
 
 
 NUMBERS_AT_ONCE = 2**26

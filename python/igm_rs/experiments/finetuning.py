@@ -33,6 +33,15 @@ NETWORKS = {"frozen": "encoders frozen", "pretrained": "encoders trained on"}
 FUSED = "mean"
 """Fusion whose accuracy is shown."""
 
+COUNTED = {"by_origin": "each origin once", "accuracy": "every example"}
+"""The accuracies, with what counts in them."""
+
+MEASURE = "by_origin"
+"""The one that is shown; rounds and learning rates are chosen by it, too."""
+
+APART = 0.005
+"""How far the other one is from it where that is told."""
+
 Runs = dict[tuple[str, str], list[RunRecord]]
 """By network and method."""
 
@@ -56,6 +65,7 @@ def figure_5b(order: Order) -> Made:
             runs[network, key] = records[place * config.seeds : (place + 1) * config.seeds]
     numbers = {
         "fusion": FUSED,
+        "measure": MEASURE,
         "learning_rates": rates,
         "configs": {network: order.configs[network].plain() for network in NETWORKS},
         "runs": {network: {key: list(map(_kept, runs[network, key])) for key in METHODS} for network in NETWORKS},
@@ -65,7 +75,7 @@ def figure_5b(order: Order) -> Made:
 
 
 def _kept(run: RunRecord) -> dict[str, Any]:
-    """Return what is kept of a run: accuracy and macro-F1 of branches and fusions, at the chosen round."""
+    """Return what is kept of a run: scores of branches and fusions at the chosen round."""
     scores = run["chosen"]["scores"]
     kept = {measure: {name: round(value, 6) for name, value in scores[measure].items()} for measure in SCORED}
     return {"seed": run["seed"], "round": run["chosen"]["round"], "parameters": run["parameters"], **kept}
@@ -75,27 +85,29 @@ SCORED = ("accuracy", "by_origin", "macro_f1", "nll")
 """Measures that are kept."""
 
 
-def _accuracies(runs: Sequence[RunRecord], fusion: str = FUSED) -> dict[int, float]:
-    """Return the test accuracy of a fusion by seed."""
-    return {run["seed"]: of_fusion(run["chosen"]["scores"]["accuracy"], fusion) for run in runs}
+def _scores(runs: Sequence[RunRecord], measure: str = MEASURE, fusion: str = FUSED) -> dict[int, float]:
+    """Return a test score of a fusion by seed."""
+    return {run["seed"]: of_fusion(run["chosen"]["scores"][measure], fusion) for run in runs}
 
 
-def _differences(runs: Runs) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
-    """Return IGM minus each other method, by network, method and fusion."""
-    found: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
+def _differences(runs: Runs) -> dict[str, Any]:
+    """Return IGM minus each other method, by network, method, measure and fusion."""
+    found: dict[str, Any] = {}
     for network in NETWORKS:
         found[network] = {}
         for key in OTHERS:
-            gains = {fusion: _gain(runs, network, key, fusion) for fusion in FUSIONS}
-            found[network][key] = {
-                fusion: {"mean": gain.mean, "half_width_95": gain.half_width} for fusion, gain in gains.items()
-            }
+            found[network][key] = {measure: {} for measure in COUNTED}
+            for measure, each in found[network][key].items():
+                for fusion in FUSIONS:
+                    gain = _gain(runs, network, key, measure, fusion)
+                    each[fusion] = {"mean": gain.mean, "half_width_95": gain.half_width}
     return found
 
 
-def _gain(runs: Runs, network: str, key: str, fusion: str = FUSED) -> Difference:
+def _gain(runs: Runs, network: str, key: str, measure: str = MEASURE, fusion: str = FUSED) -> Difference:
     """Return IGM minus another method, seed by seed."""
-    return paired_difference(_accuracies(runs[network, "igm"], fusion), _accuracies(runs[network, key], fusion))
+    mine, theirs = (_scores(runs[network, each], measure, fusion) for each in ("igm", key))
+    return paired_difference(mine, theirs)
 
 
 def _paint(canvas: Canvas, runs: Runs) -> None:
@@ -105,14 +117,14 @@ def _paint(canvas: Canvas, runs: Runs) -> None:
     for place, (key, label) in enumerate(METHODS.items()):
         colour, marker, _ = look(place)
         for group, network in enumerate(NETWORKS):
-            values = [100 * value for value in _accuracies(runs[network, key]).values()]
+            values = [100 * value for value in _scores(runs[network, key]).values()]
             x, mean = group + (place - (len(METHODS) - 1) / 2) * width, fmean(values)
             ax.plot([x] * len(values), values, marker, color=colour, alpha=0.6, label=None if group else label)
             ax.hlines(mean, x - 0.3 * width, x + 0.3 * width, color=colour, linewidth=2.5)
             ax.annotate(f"{mean:.1f}", (x + 0.3 * width, mean), (4, 0), textcoords="offset points", va="center")
     ax.set_xticks(range(len(NETWORKS)), list(NETWORKS.values()))
     ax.set_xlim(-0.5, len(NETWORKS) - 0.5)
-    ax.set_ylabel(f"test accuracy of the {FUSED} fusion (%)")
+    ax.set_ylabel(f"test accuracy, {COUNTED[MEASURE]},\n{FUSED} fusion (%)")
     ax.margins(y=0.1)
     ax.legend(frameon=False, ncols=len(METHODS), loc="upper center", bbox_to_anchor=(0.5, -0.08))
     bare(ax, "top", "right")
@@ -121,26 +133,41 @@ def _paint(canvas: Canvas, runs: Runs) -> None:
 
 def _caption(order: Order, runs: Runs, rates: Mapping[str, Mapping[str, float]]) -> str:
     """Say what is shown, the numbers, and what the differences come to."""
-    parts = []
-    for network, label in NETWORKS.items():
-        config = order.configs[network]
-        said = []
-        for key, name in METHODS.items():
-            found = summary([100 * value for value in _accuracies(runs[network, key]).values()])
-            spread = "" if found.sd is None else f" ± {found.sd:.1f}"
-            said.append(f"{name} {found.mean:.1f}{spread} (learning rate {rates[network][key]:g})")
-        compared = []
-        for key in OTHERS:
-            gain = _gain(runs, network, key)
-            half = "" if gain.half_width is None else f" ± {100 * gain.half_width:.1f}"
-            compared.append(f"over {METHODS[key]} {100 * gain.mean:+.1f}{half}".replace("-", "−"))
-        parts.append(
-            f"{label[0].upper()}{label[1:]}, {config.steps} steps of each modality: {', '.join(said)}; IGM "
-            f"{', '.join(compared)} points (95 % interval)."
-        )
     seeds = order.configs["pretrained"].seeds
-    dots = "one run" if seeds == 1 else f"{seeds} runs"
+    over = "one run" if seeds == 1 else f"mean ± standard deviation over {seeds} runs"
+    on = {"validation": "validation", "paper": "the test split, as the released scripts do"}[order.config.protocol]
+    told = " ".join(_of_network(order, runs, rates, network) for network in NETWORKS)
     return (
-        f"Test accuracy of the {FUSED} fusion at the round chosen on validation, mean ± standard deviation over {dots} "
-        f"of each method (every run a mark, the mean a line); learning rates chosen on validation. {' '.join(parts)}"
+        f"Test accuracy of the {FUSED} fusion, {COUNTED[MEASURE]}, at the round chosen on {on}: {over} of each method "
+        "(every run a mark, the mean a line). All have the paper's three-layer head, plain and IGM one for each "
+        f"modality, MLA one for all, on which its projection acts. {told}"
     )
+
+
+def _of_network(order: Order, runs: Runs, rates: Mapping[str, Mapping[str, float]], network: str) -> str:
+    """Say what one kind of encoders gives."""
+    config, label = order.configs[network], NETWORKS[network]
+    fixed = "as configured" if config.learning_rate is not None else "chosen on validation"
+    reached = ", ".join(f"{_spread(runs, network, key)} ({rates[network][key]:g})" for key in METHODS)
+    gains = ", ".join(f"over {METHODS[key]} {_told(_gain(runs, network, key))}" for key in OTHERS)
+    interval = " (95 % interval)" if config.seeds > 1 else ""
+    told = (
+        f"{label[0].upper()}{label[1:]}, {config.steps} steps of each modality, learning rates {fixed}: {reached}; IGM "
+        f"{gains} points{interval}."
+    )
+    pairs = [(_scores(runs[network, key]), _scores(runs[network, key], "accuracy")) for key in METHODS]
+    if any(abs(fmean(one.values()) - fmean(other.values())) >= APART for one, other in pairs):
+        reached = ", ".join(_spread(runs, network, key, "accuracy") for key in METHODS)
+        gains = ", ".join(f"over {METHODS[key]} {_told(_gain(runs, network, key, 'accuracy'))}" for key in OTHERS)
+        told += f" With {COUNTED['accuracy']} counting: {reached}; IGM {gains}."
+    return told
+
+
+def _spread(runs: Runs, network: str, key: str, measure: str = MEASURE) -> str:
+    found = summary([100 * value for value in _scores(runs[network, key], measure).values()])
+    return f"{METHODS[key]} {found.mean:.1f}" + ("" if found.sd is None else f" ± {found.sd:.1f}")
+
+
+def _told(gain: Difference) -> str:
+    half = "" if gain.half_width is None else f" ± {100 * gain.half_width:.1f}"
+    return f"{100 * gain.mean:+.1f}{half}".replace("-", "−")

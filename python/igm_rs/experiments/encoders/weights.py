@@ -82,7 +82,7 @@ def load_file(network: nn.Module, file: Path, what: str, *, stem: str, classifie
     network : Module
         Changed.
     file : Path
-        What ``torch.save`` has written; only tensors are unpickled.
+        What ``torch.save`` or safetensors has written; only tensors are unpickled.
     what : str
         What the network is called in messages.
     stem : str
@@ -93,14 +93,17 @@ def load_file(network: nn.Module, file: Path, what: str, *, stem: str, classifie
     Raises
     ------
     ValueError
-        If the file cannot be read, tensors are missing or unknown, or have other shapes: names the first of them.
+        If the file cannot be read, tensors are missing or unknown, have other shapes, or hold anything but finite
+        numbers: names the first of them.
     """
     own = network.state_dict()
     given = {
         name: tensor for name, tensor in _tensors(file).items() if name in own or not name.startswith(f"{classifier}.")
     }
-    if stem in given and own[stem].shape[1] == 1 and given[stem].dim() == own[stem].dim() and given[stem].shape[1] == 3:
-        given[stem] = given[stem].float().mean(1, keepdim=True)
+    first = given.get(stem)
+    grey = own[stem].shape[1] == 1 and first is not None and first.dim() == own[stem].dim() and first.shape[1] == 3
+    if first is not None and grey and _sound(first, own[stem]):
+        given[stem] = first.float().mean(1, keepdim=True)
     wrong = {
         # counts of batches are younger than many files; nothing but BatchNorm without a momentum asks for them
         "lacks": [name for name in own if name not in given and not name.endswith("num_batches_tracked")],
@@ -109,6 +112,9 @@ def load_file(network: nn.Module, file: Path, what: str, *, stem: str, classifie
             f"{name} {tuple(tensor.shape)} for {tuple(own[name].shape)}"
             for name, tensor in given.items()
             if name in own and tensor.shape != own[name].shape
+        ],
+        "has without finite numbers": [
+            name for name, tensor in given.items() if name in own and not _sound(tensor, own[name])
         ],
     }
     _refuse(file, what, wrong)
@@ -149,7 +155,8 @@ def load_folder(kind: Any, folder: Path, *, left_out: Sequence[str], **options: 
     Raises
     ------
     ValueError
-        If the weights cannot be read, tensors are missing or unknown, or have other shapes: names the first of them.
+        If the weights cannot be read, tensors are missing or unknown, have other shapes, or hold anything but finite
+        numbers: names the first of them.
     """
     from safetensors import SafetensorError
 
@@ -175,6 +182,9 @@ def load_folder(kind: Any, folder: Path, *, left_out: Sequence[str], **options: 
             f"{name} {tuple(there)} for {tuple(here)}" for name, there, here in sorted(told["mismatched_keys"])
         ],
     }
+    wrong["has without finite numbers"] = [
+        name for name, value in model.state_dict().items() if not _sound(value, value)
+    ]
     _refuse(folder, kind.__name__, wrong)
     loaded: nn.Module = model.train()
     return loaded
@@ -182,18 +192,13 @@ def load_folder(kind: Any, folder: Path, *, left_out: Sequence[str], **options: 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """The state dict of a file, its names bare."""
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"weights {file} cannot be read ({_first_line(error)}), expected a file of tensors alone, as "
-            "torch.save(network.state_dict(), file) writes it"
-        ) from error
+    found = _read(file)
     for name in _WRAPPED:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
             break
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    named = isinstance(found, Mapping) and bool(found) and all(isinstance(name, str) for name in found)
+    if not named or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(
             f"weights {file} hold {_described(found)}, expected a state dict, tensors by name, bare or under "
             f"{' or '.join(map(repr, _WRAPPED))}"
@@ -201,6 +206,35 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in found):
         return {name.removeprefix("module."): tensor for name, tensor in found.items()}
     return dict(found)
+
+
+def _read(file: Path) -> Any:
+    """What a file holds, by its name in the way of safetensors or of torch, without running any code in it."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file as read_safely
+
+            return read_safely(file)
+        return torch.load(file, "cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # of a foreign file, whatever its bytes make of the reader
+        reason = _first_line(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch's words advise to run what is in the file
+            reason = "it is none of torch's files, or holds other things than tensors"
+        raise ValueError(
+            f"weights {file} cannot be read ({reason}), expected a file of tensors alone, as "
+            "torch.save(network.state_dict(), file) writes it, or a .safetensors file"
+        ) from error
+
+
+def _sound(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor holds numbers that a network's own can be set to: dense, of its kind, and finite."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return False
+    if own.is_floating_point():
+        return tensor.is_floating_point() and bool(tensor.isfinite().all())
+    return not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def _described(found: Any) -> str:

@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from igm_rs.experiments.columns import Column, Reading
 from igm_rs.experiments.data import PARTS
+from igm_rs.experiments.feeding import lost_process_told
 
 from .faults import KINDS, DataFault, Fault, Faults
+from .lists import LISTS
 from .media import ADVICE, PICTURES, Home
 from .pictures import picture
 from .survey import Example, OnDisk, Survey
@@ -27,12 +29,9 @@ Columns = dict[str, Mapping[str, Column | Tensor]]
 SHOWN = 20
 """Faults of a kind that are told; of the others, how many there are."""
 
-WORDS = {"train": "train", "valid": "validation", "test": "test"}
-"""What the name of a list says of its split."""
-
 POLICIES = {
-    "apart": "apart: a speaker, subject or video in two splits is a fault",
-    "shared": "shared: a speaker, subject or video may be in two splits, and is measured on after it was trained on",
+    "apart": "apart: a speaker, subject, video or picture in two splits is a fault",
+    "shared": "shared: a speaker, subject, video or picture may be in two splits, and is measured on once trained on",
 }
 """What :attr:`Reading.speakers` means, in words."""
 
@@ -91,6 +90,7 @@ def check(on_disk: OnDisk, folder: Path, reading: Reading, loaders: int = 0) -> 
         "\n".join(_counts(on_disk, survey)),
         *_told(faults.found, KINDS),
         *_told(undecodable, {"truncated": "files that cannot be decoded"}),
+        *survey.notes,
         *used,
         _verdict(refusal, survey, undecodable),
     ]
@@ -107,7 +107,9 @@ def _planned(on_disk: OnDisk, survey: Survey, folder: Path, reading: Reading) ->
                 columns[part] = on_disk.columns(survey, part, folder, reading)
         if columns:
             used = ["\n".join(_used(on_disk, survey, next(iter(columns.values())), reading))]
-        on_disk.data_set(survey, folder, reading)
+        for spec in on_disk.data_set(survey, folder, reading).encoders.values():
+            if spec.digest:  # whether its weights fit is seen by making it
+                spec.make()
     except (OSError, ValueError) as error:
         return columns, used, str(error)
     return columns, used, ""
@@ -136,7 +138,8 @@ def _undecodable(decoded: _Decoded, loaders: int) -> list[Fault]:
     """Decode all; return what cannot be, in the order of the lists."""
     name = f"decoding {decoded.home.name}"
     each = DataLoader(decoded, batch_size=None, num_workers=loaders)
-    return [fault for found in tqdm(each, desc=name, unit="clip", disable=None, leave=False) for fault in found]
+    with lost_process_told():
+        return [fault for found in tqdm(each, desc=name, unit="clip", disable=None, leave=False) for fault in found]
 
 
 def _errors(inputs: Mapping[str, Column | Tensor], place: int, example: Example, home: Home) -> Iterator[ValueError]:
@@ -188,7 +191,7 @@ def _counts(on_disk: OnDisk, survey: Survey) -> Iterator[str]:
 
 def _part(path: Path) -> str:
     """Return the split whose list a file is, by its name."""
-    return next(part for word, part in WORDS.items() if word in path.name)
+    return next(part for part, word in LISTS.items() if word in path.name)
 
 
 def _used(on_disk: OnDisk, survey: Survey, inputs: Mapping[str, Column | Tensor], reading: Reading) -> Iterator[str]:

@@ -94,7 +94,9 @@ class ClipForm:
 
 
 FULL = ClipForm(window=80, frames=64, resized=256, size=224)
-"""Of the released scripts. They measure on all frames of the window, too."""
+"""Of the released scripts, which measure on all frames of the window, too. They normalise colours by ImageNet's mean
+and deviation, have depth in [0, 1], and fill up a short window with zeros; here all are in [−1, 1], as I3D was trained,
+and the last frame stands still."""
 
 SMALL = ClipForm(window=10, frames=8, resized=36, size=32)
 """To try a folder out."""
@@ -200,14 +202,15 @@ def _decoded(home: Home, clip: Clip, form: ClipForm, grey: bool) -> Frames:
     kept: list[Frames] = []
     end = min(clip.end, clip.first + form.window)
     try:
-        with av.open(str(clip.path)) as file:
+        # absolute: "a:b" would be a protocol; of the metadata nothing is read
+        with av.open(str(clip.path.absolute()), metadata_errors="replace") as file:
             for place, frame in enumerate(file.decode(video=0)):
                 if place >= clip.first:
                     size = {"width": form.resized, "height": form.resized, "interpolation": "BILINEAR"}
                     kept.append(frame.to_ndarray(format="gray" if grey else "rgb24", **size))
                 if place + 1 >= end:
                     break
-    except (av.FFmpegError, IndexError, OSError) as error:
+    except (av.FFmpegError, IndexError, OSError, ValueError) as error:
         raise home.undecodable(clip.path, error) from error
     if not kept:
         raise home.undecodable(clip.path, f"it has no frame {clip.first}, where its window begins")

@@ -12,7 +12,7 @@ from .audio import Sound
 from .clips_with_sound import clip_columns, clip_encoders, clip_files
 from .faults import Faults
 from .gathering import gather
-from .lists import require_lists, rows
+from .lists import LISTS, require_lists, rows
 from .media import Trouble
 from .survey import Example, OnDisk, Survey
 
@@ -22,9 +22,6 @@ NAME = "crema-d"
 
 LABELS = ("NEU", "HAP", "SAD", "FEA", "DIS", "ANG")
 """As the lists have them: neutral, happy, sad, fear, disgust, anger; numbered as in OGM-GE (CVPR 2022)."""
-
-LISTS = {"train": "train.csv", "validation": "valid.csv", "test": "test.csv"}
-"""Below ``annotations``."""
 
 SOUND = Sound(rate=22050, seconds=3)
 """3 s at 22,050 Hz in windows of 512 samples, 353 apart, as OGM-GE has it: 257 frequencies, 188 windows."""
@@ -54,7 +51,7 @@ def _entries(path: Path, faults: Faults) -> Iterator[Example]:
 
 def survey(folder: Path, reading: Reading, faults: Faults) -> Survey:
     """Look through a folder; the origin of a clip is its speaker."""
-    lists = {part: folder / "annotations" / name for part, name in LISTS.items()}
+    lists = {part: folder / "annotations" / f"{name}.csv" for part, name in LISTS.items()}
     require_lists(lists, LAYOUT)
 
     def find(_: str, example: Example) -> tuple[Example, list[Trouble]]:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["KINDS", "DataFault", "Fault", "Faults"]
+__all__ = ["KINDS", "DataFault", "Fault", "Faults", "place"]
 
 KINDS = {
     "missing": "missing files",
@@ -23,6 +23,11 @@ KINDS = {
 
 class DataFault(ValueError):  # noqa: N818  # a fault of the data, not of the program
     """Something in a data set is not as expected; the message names file, line and reason."""
+
+
+def place(path: Path, line: int) -> str:
+    """Return where something stands in a list, in words: a line, or an entry of a list in JSON."""
+    return f"{path}, {'entry' if path.suffix == '.json' else 'line'} {line}"
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,7 @@ class Fault:
 
     def __str__(self) -> str:
         """Say it, for a message or a report."""
-        place = f"{self.path}" if self.line is None else f"{self.path}, line {self.line}"
-        return f"{place}: {self.reason}"
+        return f"{self.path if self.line is None else place(self.path, self.line)}: {self.reason}"
 
 
 @dataclass

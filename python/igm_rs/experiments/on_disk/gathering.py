@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from igm_rs.experiments.columns import Reading
 
-from .faults import Faults
+from .faults import Faults, place
 from .media import Trouble, file_trouble
 from .survey import Example, Survey
 
@@ -53,7 +53,7 @@ def gather(
         The examples that are left. Of examples that are listed twice, and of origins that are in two splits, those of
         the test split are kept before those of the validation split and of the training split.
     """
-    places: dict[str, tuple[str, int]] = {}
+    places: dict[str, str] = {}
     homes: dict[str, tuple[str, Example]] = {}
     kept: dict[str, list[Example]] = {part: [] for part in ORDER}
     total = sum(map(len, listed.values()))
@@ -62,10 +62,10 @@ def gather(
             for example in listed[part]:
                 bar.update()
                 if example.name in places:
-                    where = "{}, line {}".format(*places[example.name])
+                    where = places[example.name]
                     faults.add("duplicate", *example.listed, f"{example.name} is listed twice, first in {where}")
                     continue
-                places[example.name] = (str(example.listed[0]), example.listed[1])
+                places[example.name] = place(*example.listed)
                 found, troubles = find(part, example)
                 sound = True
                 for kind, reason in troubles:
@@ -73,7 +73,7 @@ def gather(
                     sound = False
                 home, first = homes.get(example.origin, (part, example))
                 if sound and home != part and reading.speakers == "apart":
-                    where = f"line {first.listed[1]} of {first.listed[0]}"
+                    where = place(*first.listed)
                     faults.add("speaker", *example.listed, _shared(who, example.origin, home, where, paper))
                 elif sound:
                     homes.setdefault(example.origin, (part, found))

@@ -12,7 +12,7 @@ from .audio import Sound
 from .clips_with_sound import clip_columns, clip_encoders, clip_files
 from .faults import Faults
 from .gathering import gather
-from .lists import require_lists, table
+from .lists import LISTS, require_lists, table
 from .media import Trouble
 from .survey import Example, OnDisk, Survey
 
@@ -30,9 +30,6 @@ LABELS = (
 )
 """The classes of Kinetics-Sounds (Arandjelović and Zisserman, ICCV 2017) that are left in Kinetics-400, as its lists
 write them; numbered by the alphabet."""
-
-LISTS = {"train": "train.csv", "validation": "valid.csv", "test": "test.csv"}
-"""Below ``annotations``."""
 
 FOLDERS = {"train": ("train",), "validation": ("train", "test"), "test": ("test",)}
 """Where the clips of each split lie: ``train_wav`` and ``train_img``, or ``test_wav`` and ``test_img``. The layout has
@@ -91,7 +88,7 @@ def _find(_: str, example: Example) -> tuple[Example, list[Trouble]]:
 
 def survey(folder: Path, reading: Reading, faults: Faults) -> Survey:
     """Look through a folder; the origin of a clip is its video."""
-    lists = {part: folder / "annotations" / name for part, name in LISTS.items()}
+    lists = {part: folder / "annotations" / f"{name}.csv" for part, name in LISTS.items()}
     require_lists(lists, LAYOUT)
     listed = {part: list(_entries(folder, part, path, faults)) for part, path in lists.items()}
     return gather(NAME, listed, _find, reading, faults, who="video")

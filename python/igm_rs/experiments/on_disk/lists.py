@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .faults import DataFault, Faults
 
-__all__ = ["DELIMITERS", "require_lists", "rows", "table"]
+__all__ = ["DELIMITERS", "LISTS", "entries", "header", "lines", "require_lists", "rows", "table"]
+
+LISTS = {"train": "train", "validation": "valid", "test": "test"}
+"""What the name of a split's list says of it."""
 
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar", " ": "space"}
 """What may separate the fields of a list, with its name in messages."""
@@ -44,9 +48,9 @@ def require_lists(lists: Mapping[str, Path], layout: str) -> None:
 
 
 def rows(
-    path: Path, delimiter: str, fields: Sequence[str] | int, faults: Faults, *, quoted: bool = True
+    path: Path, delimiter: str, fields: Sequence[str] | int, faults: Faults, *, quoted: bool = True, begin: int = 1
 ) -> Iterator[tuple[int, list[str]]]:
-    r"""Read a list without a header, or with one that is a record like any other.
+    r"""Read a list without a header, or one whose :func:`header` has been looked at.
 
     Parameters
     ----------
@@ -61,6 +65,8 @@ def rows(
     quoted : bool
         Whether a field in double quotes may hold delimiters and ends of lines, as in CSV; otherwise a quote is a letter
         like any other and each line is a record.
+    begin : int
+        The line, from 1, of the first record.
 
     Yields
     ------
@@ -86,7 +92,7 @@ def rows(
         )
     read = _Lines(path, lines, faults)
     for line, record in _records(path, read, delimiter, faults) if quoted else _plain(read, delimiter):
-        if read.was_bad(line):
+        if line < begin or read.was_bad(line):
             continue
         if len(record) == count:
             yield line, record
@@ -116,18 +122,68 @@ def table(
     DataFault
         As :func:`rows`; and if a column is missing, or there twice.
     """
-    head = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].decode(errors="replace").rstrip("\r")
-    names = next(csv.reader([head], delimiter=delimiter)) if quoted else head.split(delimiter)
-    if any(names.count(column) != 1 for column in columns) or set(head) & {"\0", "\N{REPLACEMENT CHARACTER}"}:
+    names = header(path, delimiter, quoted=quoted)
+    unread = {"\0", "\N{REPLACEMENT CHARACTER}"}
+    if any(names.count(column) != 1 for column in columns) or any(set(name) & unread for name in names):
         next(rows(path, delimiter, columns, Faults(skip=True), quoted=quoted), None)  # another delimiter is said first
         raise DataFault(
             f"{path}, line 1: the columns are {', '.join(map(repr, names))}, expected {', '.join(columns)} once each "
             f"among them, separated by {_called(delimiter)}"
         )
-    read = rows(path, delimiter, len(names), faults, quoted=quoted)
-    next(read)
-    for line, record in read:
+    for line, record in rows(path, delimiter, len(names), faults, quoted=quoted, begin=2):
         yield line, dict(zip(names, record, strict=True))
+
+
+def header(path: Path, delimiter: str, *, quoted: bool = True) -> list[str]:
+    """Return the fields of a list's first line, whatever they are; what is no UTF-8 in them is replaced."""
+    first = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].decode(errors="replace").rstrip("\r")
+    return next(csv.reader([first], delimiter=delimiter), [""]) if quoted else first.split(delimiter)
+
+
+def lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a list that hold something, with their numbers, from 1; raises as :func:`rows`."""
+    read = _Lines(path, path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), faults)
+    for text in read:
+        if text.strip() and not read.was_bad(read.line):
+            yield read.line, text
+
+
+def entries(path: Path, columns: Sequence[str], faults: Faults) -> Iterator[tuple[int, dict[str, str]]]:
+    """Read a list in JSON, ``[{"image": …, "text": …, "label": …}, …]``.
+
+    Parameters
+    ----------
+    path, faults
+        As of :func:`rows`.
+    columns : sequence of str
+        What each entry must have, strings or integers; others may be there.
+
+    Yields
+    ------
+    int, dict of str to str
+        The number of an entry, from 1, and its values as text.
+
+    Raises
+    ------
+    DataFault
+        Whatever is done about single entries: if the file is no JSON in UTF-8, or no list.
+    """
+    try:
+        found = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    except UnicodeDecodeError as error:
+        raise DataFault(f"{path}: byte {error.start + 1} is no UTF-8; save the list as UTF-8") from error
+    except ValueError as error:
+        raise DataFault(f"{path}: it is no JSON that can be read ({error})") from error
+    if not isinstance(found, list) or not found:
+        raise DataFault(
+            f"{path}: it holds {type(found).__name__}, expected a list of entries with {', '.join(columns)}"
+        )
+    for number, entry in enumerate(found, start=1):
+        values = {name: entry.get(name) for name in columns} if isinstance(entry, dict) else {}
+        if values and all(isinstance(value, str | int) and not isinstance(value, bool) for value in values.values()):
+            yield number, {name: str(value) for name, value in values.items()}
+        else:
+            faults.add("line", path, number, f"it has not each of {', '.join(columns)} as text or an integer")
 
 
 class _Lines:

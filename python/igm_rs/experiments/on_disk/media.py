@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +29,9 @@ ADVICE = "; igm-rs data check"
 TAIL = 4096
 """Bytes at the end of a JPEG file in which its end is looked for first."""
 
+END = 4096
+"""Bytes at each end of a file by which its content is told from another of the same size."""
+
 
 @dataclass(frozen=True)
 class Home:
@@ -44,8 +49,10 @@ class Home:
     folder: Path
 
     def line(self, path: Path) -> str:
-        """Return a file's path below the folder, and its size in bytes: for a digest."""
-        return f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}"
+        """Return a file's path below the folder, its size in bytes and a hash of both its ends: for a digest."""
+        found = path.stat()
+        ends = _ends(path, found.st_size, found.st_mtime_ns)
+        return f"{path.relative_to(self.folder).as_posix()} {found.st_size} {ends}"
 
     def lines(self, paths: Iterable[Path]) -> Iterator[str]:
         """Yield :meth:`line` of each file."""
@@ -59,14 +66,23 @@ class Home:
         )
 
 
+@lru_cache(maxsize=1_000_000)
+def _ends(path: Path, size: int, _: int) -> str:
+    """Return a hash of a file's first and last bytes; read again only if the file has changed since."""
+    with path.open("rb") as file:
+        first = file.read(END)
+        file.seek(max(len(first), size - END))
+        return hashlib.blake2b(first + file.read(END), digest_size=6).hexdigest()
+
+
 def clip_pictures(folder: Path) -> tuple[Path, ...]:
     """Return the pictures of a clip's folder in order: numbers in their names count as numbers.
 
-    Empty if the folder is not there, or holds none.
+    What is hidden, such as "._1.jpg" of macOS, is none. Empty if the folder is not there, or holds none.
     """
     if not folder.is_dir():
         return ()
-    found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and not path.name.startswith(".")]
     return tuple(sorted(found, key=_in_order))
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from igm_rs.experiments.columns import Column, Reading
 from igm_rs.experiments.encoders import EncoderSpec, i3d
 
 from .clips import CHANNELS, FULL, SMALL, Clip, ClipColumn, Shown, frames_said
-from .faults import DataFault, Faults
+from .faults import DataFault, Faults, place
 from .gathering import gather
-from .lists import require_lists
+from .lists import LISTS, lines, require_lists
 from .media import Home, Trouble, file_trouble
 from .survey import Example, OnDisk, Survey
 
@@ -35,8 +35,8 @@ Video_data/class_XX/subjectN_rM/FILE.avi      one of colours, one of depth"""
 
 FORM = {
     "path": (r"(?:\./)?Video_data/([^/:]+/subject(\d+)_[^/:]+)/?", "path:./Video_data/class_XX/subjectN_rM"),
-    "depth": (r"([^/:]+):(\d+):(\d+)", "depth:FILE:FIRST:END"),
-    "color": (r"([^/:]+):(\d+):(\d+)", "color:FILE:FIRST:END"),
+    "depth": (r"([^/:]+):(\d{1,9}):(\d{1,9})", "depth:FILE:FIRST:END"),
+    "color": (r"([^/:]+):(\d{1,9}):(\d{1,9})", "color:FILE:FIRST:END"),
     "label": (r"(\S+)", "label:N"),
 }
 """What a line holds by its key, other sensors besides: how the rest is read, and how the whole is written."""
@@ -67,11 +67,11 @@ def survey(folder: Path, reading: Reading, faults: Faults) -> Survey:
     DataFault
         At the first thing that is wrong, unless such are left out; in any case if a list is of another form.
     """
-    named = {"train": "train", "validation": "valid", "test": "test"}
-    lists = {part: folder / f"nvgesture_{name}_correct_v2.lst" for part, name in named.items()}
-    require_lists(lists, LAYOUT)
-    listed = {part: list(_examples(path, folder / "Video_data", faults)) for part, path in lists.items()}
-    return gather("nvgesture", listed, _found, reading, faults, who="subject")
+    paths = {part: folder / f"nvgesture_{name}_correct_v2.lst" for part, name in LISTS.items()}
+    require_lists(paths, LAYOUT)
+    listed = {part: list(_examples(path, folder / "Video_data", faults)) for part, path in paths.items()}
+    found = gather("nvgesture", listed, _found, reading, faults, who="subject")
+    return replace(found, notes=_notes(found))
 
 
 def columns(survey: Survey, part: str, folder: Path, reading: Reading) -> Mapping[str, Column]:
@@ -96,11 +96,11 @@ def encoders(reading: Reading, survey: Survey) -> Mapping[str, EncoderSpec]:
 
 def _examples(path: Path, videos: Path, faults: Faults) -> Iterator[Gesture]:
     """Yield the examples of a list."""
-    lines = list(_lines(path, faults))
-    if not any(len(text.split()) > 1 for _, text in lines):
-        found = repr(lines[0][1][:40]) if lines else "nothing"
+    held = list(lines(path, faults))
+    if not any(len(text.split()) > 1 for _, text in held):
+        found = repr(held[0][1].strip()[:40]) if held else "nothing"
         raise DataFault(f"{path}, line 1: no line of the list has a space, found {found}; expected {WANTED}")
-    for line, text in lines:
+    for line, text in held:
         given = dict(part.partition(":")[::2] for part in text.split())
         read = {key: re.fullmatch(pattern, given.get(key, "")) for key, (pattern, _) in FORM.items()}
         wrong = [FORM[key][1] for key, match in read.items() if match is None]
@@ -122,19 +122,6 @@ def _examples(path: Path, videos: Path, faults: Faults) -> Iterator[Gesture]:
         yield Gesture(name, int(number) - 1, f"subject{subject}", files, (path, line), windows=windows)
 
 
-def _lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
-    """Yield the lines that hold something, with their numbers."""
-    for line, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            reason = f"byte {error.start + 1} is {raw[error.start]:#04x}, which is no UTF-8; save the list as UTF-8"
-            faults.add("encoding", path, line, reason)
-            continue
-        if text.strip():
-            yield line, text
-
-
 def _found(_: str, example: Example) -> tuple[Example, list[Trouble]]:
     """Return an example and what is wrong with its two files."""
     assert isinstance(example, Gesture)
@@ -148,6 +135,18 @@ def _found(_: str, example: Example) -> tuple[Example, list[Trouble]]:
         if trouble is not None:
             troubles.append(trouble)
     return example, troubles
+
+
+def _notes(survey: Survey) -> tuple[str, ...]:
+    """Return how many windows are longer than their files, which stops nothing: there the last frame stands still."""
+    short = []
+    for example in (each for part in survey.examples.values() for each in part):
+        assert isinstance(example, Gesture)
+        for modality in ("rgb", "depth"):
+            count = frames_said(example.files[modality][0])
+            if 0 < count < example.windows[modality][1]:
+                short.append(f"{place(*example.listed)}: {example.files[modality][0]} has {count} frames")
+    return (f"{len(short)} windows end behind their files, the first in {short[0]}",) if short else ()
 
 
 NVGESTURE = OnDisk(

@@ -9,7 +9,7 @@ from igm_rs.experiments.columns import Reading
 
 from .faults import Faults
 from .gathering import gather, whole
-from .lists import require_lists, table
+from .lists import LISTS, entries, require_lists, table
 from .survey import Example, OnDisk, Survey
 from .text_image import KINDS, MODALITIES, columns, encoders, label_of, named_picture, vocabulary
 
@@ -23,6 +23,7 @@ COLUMNS = ("image", "text", "label")
 
 LAYOUT = """\
 annotations/{train,valid,test}_data.csv   a header with image, text and label (0, 1)
+           {train,valid,test}_data.json   the same as a list of entries, in place of a CSV file that is not there
 images/<image>"""
 
 
@@ -36,17 +37,23 @@ def survey(folder: Path, reading: Reading, faults: Faults) -> Survey:
     DataFault
         At the first thing that is wrong, unless such are left out; in any case if a list is of another form.
     """
-    named = {"train": "train", "validation": "valid", "test": "test"}
-    lists = {part: folder / "annotations" / f"{name}_data.csv" for part, name in named.items()}
+    lists = {part: _list(folder / "annotations", name) for part, name in LISTS.items()}
     require_lists(lists, LAYOUT)
     listed = {part: _examples(path, folder / "images", faults) for part, path in lists.items()}
     return gather("sarcasm", listed, lambda _, example: (example, whole(example)), reading, faults, who="picture")
 
 
+def _list(folder: Path, name: str) -> Path:
+    """Return a split's list: CSV as the authors document it, or JSON as their scripts read it."""
+    table, listed = (folder / f"{name}_data.{ending}" for ending in ("csv", "json"))
+    return listed if listed.is_file() and not table.is_file() else table
+
+
 def _examples(path: Path, pictures: Path, faults: Faults) -> list[Example]:
     """Return the examples of a list."""
     found = []
-    for line, record in table(path, ",", COLUMNS, faults):
+    records = entries(path, COLUMNS, faults) if path.suffix == ".json" else table(path, ",", COLUMNS, faults)
+    for line, record in records:
         picture = record["image"].rpartition("/")[2]
         label = label_of(record["label"], MEANINGS, faults, path, line)
         if label is None or not named_picture(picture, faults, path, line):

@@ -59,10 +59,13 @@ class Survey:
         By split: "train", "validation", "test".
     faults : Faults
         What was left out.
+    notes : sequence of str
+        What else is worth a look, in words; it stops nothing.
     """
 
     examples: Mapping[str, Sequence[Example]]
     faults: Faults
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ class OnDisk:
         """Return what a survey has found as a data set; raises as :meth:`load`."""
         for part in PARTS:
             if not survey.examples[part]:
+                way_out = "; --speakers shared takes the lists as they are" * ("speaker" in survey.faults.counts)
                 raise DataFault(
-                    f"folder {folder} has no example for the {part} split ({survey.faults.said() or 'none'})"
+                    f"folder {folder} has no example for the {part} split ({survey.faults.said() or 'none'}){way_out}"
                 )
         shared = self._shared(survey)
         named = {part: [_origin(part, example, shared) for example in survey.examples[part]] for part in PARTS}

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 LENGTH, SMALL_LENGTH = 50, 16
-"""Ids of a text; longer texts are cut. The released scripts name 50 but do not cut."""
+"""Ids of a text; longer texts are cut. The released scripts cut at 50 words, before these become ids."""
 
 PIECES, SMALL_PIECES = 30522, 1000
 """The most word pieces of a vocabulary of the training texts; at full size as many as BERT-base has."""

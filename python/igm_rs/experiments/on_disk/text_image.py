@@ -72,9 +72,9 @@ def vocabulary(survey: Survey, reading: Reading) -> Mapping[str, int]:
 
 def label_of(field: str, names: tuple[str, ...], faults: Faults, path: Path, line: int) -> int | None:
     """Return the class that a list's field says; None for a fault that is left out."""
-    label = int(field) if field.strip().isdecimal() else -1
-    if 0 <= label < len(names):
-        return label
+    labels = [str(label) for label in range(len(names))]
+    if field.strip() in labels:
+        return labels.index(field.strip())
     known = ", ".join(f"{place} ({name})" for place, name in enumerate(names))
     faults.add("label", path, line, f"label is {field!r}, expected {known}")
     return None

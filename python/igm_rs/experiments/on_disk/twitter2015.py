@@ -10,7 +10,7 @@ from igm_rs.experiments.columns import Reading
 
 from .faults import DataFault, Faults
 from .gathering import gather, whole
-from .lists import require_lists, rows
+from .lists import LISTS, header, require_lists, rows
 from .survey import Example, OnDisk, Survey
 from .text import BESIDE
 from .text_image import KINDS, MODALITIES, columns, encoders, label_of, named_picture, vocabulary
@@ -25,6 +25,9 @@ TARGET = "$T$"
 
 COLUMNS = ("index", "Label", "ImageID", "String", "String")
 """Of a list, in order; the published ones have "#1 " to "#3 " before the names. The second string is the target."""
+
+HEADERS = (COLUMNS, tuple(name for name in COLUMNS if name != "Label"))
+"""What the first line may name: that of the published test list leaves the label out, which its other lines have."""
 
 LAYOUT = """\
 annotations/{train,valid,test}_data.tsv   a header, then index, label (0, 1, 2), picture, tweet with $T$, target
@@ -44,8 +47,7 @@ def survey(folder: Path, reading: Reading, faults: Faults) -> Survey:
     DataFault
         At the first thing that is wrong, unless such are left out; in any case if a list is of another form.
     """
-    named = {"train": "train", "validation": "valid", "test": "test"}
-    lists = {part: folder / "annotations" / f"{name}_data.tsv" for part, name in named.items()}
+    lists = {part: folder / "annotations" / f"{name}_data.tsv" for part, name in LISTS.items()}
     require_lists(lists, LAYOUT)
     listed = {part: _examples(path, folder / "twitter2015_images", faults) for part, path in lists.items()}
     return gather("twitter2015", listed, lambda _, example: (example, whole(example)), reading, faults, who="picture")
@@ -53,12 +55,12 @@ def survey(folder: Path, reading: Reading, faults: Faults) -> Survey:
 
 def _examples(path: Path, pictures: Path, faults: Faults) -> list[Example]:
     """Return the examples of a list."""
-    records = rows(path, "\t", COLUMNS, faults, quoted=False)
-    line, head = next(records, (1, []))
-    if tuple(re.sub(r"^#\d ", "", name.strip()) for name in head) != COLUMNS:
-        raise DataFault(f"{path}, line {line}: the columns are {', '.join(head)}, expected {', '.join(COLUMNS)}")
+    head = header(path, "\t", quoted=False)
+    if tuple(re.sub(r"^#\d ", "", name.strip()) for name in head) not in HEADERS:
+        next(rows(path, "\t", COLUMNS, Faults(skip=True), quoted=False), None)  # another delimiter is said first
+        raise DataFault(f"{path}, line 1: the columns are {', '.join(head)}, expected {', '.join(COLUMNS)}")
     found = []
-    for line, (_, label, picture, tweet, target) in records:
+    for line, (_, label, picture, tweet, target) in rows(path, "\t", COLUMNS, faults, quoted=False, begin=2):
         feeling = label_of(label, FEELINGS, faults, path, line)
         if feeling is None or not named_picture(picture, faults, path, line):
             continue
