@@ -118,8 +118,10 @@ def _networks() -> dict[str, Network]:
             tweets, "image", "CLIP ViT-B/32", partial(encoders.clip_image, None), 12, 3, picture, small, adam=True
         ),
     }
-    clips = partial(encoders.i3d, channels=3)  # flow and depth have 2 and 1 in the first layer, and nothing else
-    every["nvgesture.rgb"] = Network("NVGesture", "rgb", "I3D", clips, 6, 25, (3, 64, 224, 224), (3, 8, 32, 32))
+    for modality, channels in (("rgb", 3), ("flow", 2), ("depth", 1)):
+        clips = partial(encoders.i3d, channels=channels)
+        shapes = ((channels, 64, 224, 224), (channels, 8, 32, 32))
+        every[f"nvgesture.{modality}"] = Network("NVGesture", modality, "I3D", clips, 6, 25, *shapes)
     return every
 
 

@@ -36,8 +36,7 @@ _OF_NETWORKS = (
     "Each side runs in a process of its own. Given are the median time of a step with the interquartile range in "
     "brackets, of steps longer than 20 s that of the first, and the most memory that weights, gradients, the "
     "optimizer's state and everything of a step hold at once: resident on the CPU, allocated on a GPU. IGM runs "
-    "forward and backward twice: about 2× is its price. NVGesture's flow and depth go through the same I3D "
-    "with 2 and 1 channels in its first layer."
+    "forward and backward twice: about 2× is its price."
 )
 
 
@@ -180,11 +179,11 @@ def _floor(needs: dict[str, float], results: Results) -> str:
 
 
 def _time(side: dict[str, float]) -> str:
-    return f"{_digits(side['ms'])} ({side['iqr_ms']:.2g})"
+    return f"{_digits(side['ms'])} ({_digits(side['iqr_ms'], 2)})"
 
 
-def _digits(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+def _digits(ms: float, few: int = 3) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.{few}g}"
 
 
 def _asked(judged: dict[str, Any], unit: str) -> str:

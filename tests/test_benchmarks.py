@@ -28,7 +28,8 @@ NETWORKS = {
     "kinetics-sounds.audio": "12 × 1 × 257 × 1003", "kinetics-sounds.video": "12 × 3 × 3 × 224 × 224",
     "tweets.text": "12 × 50", "tweets.image": "12 × 3 × 224 × 224",
     "tweets.clip-text": "12 × 50", "tweets.clip-image": "12 × 3 × 224 × 224",
-    "nvgesture.rgb": "6 × 3 × 64 × 224 × 224",
+    "nvgesture.rgb": "6 × 3 × 64 × 224 × 224", "nvgesture.flow": "6 × 2 × 64 × 224 × 224",
+    "nvgesture.depth": "6 × 1 × 64 × 224 × 224",
 }  # fmt: skip
 """The paper's networks, with batches as the released scripts have them."""
 

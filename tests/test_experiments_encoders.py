@@ -1,7 +1,9 @@
 """The paper's encoders: shapes and published sizes, what they compute, weights of files and folders, steps of IGM."""
 
 import json
+import math
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -296,6 +298,7 @@ def test_picture_network_needs_its_classifier(saved):
     ("held", "told"),
     [
         ({"epoch": 3, "lr": 0.1}, "a mapping with 'epoch', 'lr'"),
+        ({0: torch.zeros(2)}, "a mapping with 0"),
         ({}, "nothing"),
         ([torch.zeros(2)], "a list"),
         (torch.zeros(2), "a Tensor"),
@@ -322,6 +325,70 @@ def test_file_that_cannot_be_read(saved, damage):
     ) as no:
         encoders.frames_resnet18(small=True, weights=file).make()
     assert str(no.value).startswith(f"weights {file} ")
+
+
+@pytest.mark.parametrize("content", [b"hello world", b"<!doctype html>", b"\x80\x04\x95", b"0" * 99], ids=str)
+def test_a_file_of_anything_is_told_without_bad_advice(tmp_path, content):
+    for name in ("weights.pth", "weights.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"^weights .* cannot be read \(.+\), expected a file of tensors al") as no:
+            encoders.frames_resnet18(small=True, weights=tmp_path / name).make()
+        assert "set to" not in str(no.value)
+        assert "\x1b" not in str(no.value)
+
+
+class Act:
+    """Something that a pickle would do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+def test_code_in_a_file_is_not_run_and_nobody_is_told_to_run_it(saved, tmp_path):
+    file = saved[1]({"fc.weight": Act(tmp_path / "run")})
+    with pytest.raises(ValueError, match=r"cannot be read \(it is none of torch's files, or holds other things than "):
+        encoders.frames_resnet18(small=True, weights=file).make()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_safetensors_is_read(saved, tmp_path):
+    state, _ = saved
+    save_file(state, tmp_path / "weights.safetensors")
+    loaded = encoders.frames_resnet18(small=True, weights=tmp_path / "weights.safetensors").make().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+UNSOUND = {
+    "NaN": lambda tensor: tensor * math.nan,
+    "infinite": lambda tensor: tensor + math.inf,
+    "integers": lambda tensor: tensor.to(torch.int8),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "on no device": lambda tensor: tensor.to("meta"),
+    "quantised": lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_tensors_that_hold_no_finite_numbers(saved, kind):
+    state, save = saved
+    name = next(name for name, value in state.items() if value.dim() == 4)
+    file = save(state | {name: UNSOUND[kind](state[name])})
+    with pytest.raises(ValueError, match=rf"the file has without finite numbers 1 \({re.escape(name)}\)$"):
+        encoders.frames_resnet18(small=True, weights=file).make()
+
+
+def test_a_folder_whose_tensors_hold_no_finite_numbers(bert_folder):
+    folder, bert = bert_folder
+    with torch.no_grad():
+        bert.encoder.layer[0].output.dense.bias.fill_(math.nan)
+    bert.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"the file has without finite numbers 1 \(.*output\.dense\.bias\)$"):
+        encoders.text_bert(True, folder, IDS).make()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import math
+import os
+import re
 
 import filed_sets
 import pytest
@@ -10,8 +12,8 @@ import torch
 from sklearn.metrics import f1_score
 from torch import nn
 
-from igm_rs.experiments import data, evaluation, store
-from igm_rs.experiments.columns import Reading, seeded
+from igm_rs.experiments import data, evaluation, feeding, store
+from igm_rs.experiments.columns import Column, Reading, seeded
 from igm_rs.experiments.configuration import DEVIATIONS, Config
 from igm_rs.experiments.feeding import Means, feed
 from igm_rs.experiments.methods import METHODS, Row
@@ -142,6 +144,52 @@ def test_every_method_trains_on_files_and_goes_on_to_the_bit_in_the_middle_of_a_
     for name, value in whole.weights["last"].items():
         assert torch.equal(found.weights["last"][name], value), name
     assert all(math.isfinite(point["loss"]) for point in whole.curve)
+
+
+class Deadly(Column):
+    """Ends the process that decodes it."""
+
+    def __len__(self):
+        return 4
+
+    @property
+    def shape(self):
+        return 4, 1
+
+    def example(self, place, seed):
+        os._exit(3)
+
+    def digest_lines(self):
+        return []
+
+
+def test_a_lost_process_is_told_with_what_may_be_done():
+    with pytest.raises(ChildProcessError) as told:
+        next(feeding.feed(Deadly(), 2, 0, 0, Means(loaders=1)))
+    assert re.fullmatch(
+        r"a process that decodes files is gone \(DataLoader worker .*\), most likely for want of memory or of room in "
+        r"/dev/shm: try fewer --loaders; with --resume a training goes on from its last saving",
+        str(told.value),
+    )
+
+
+def test_other_errors_of_torch_are_its_own():
+    with pytest.raises(RuntimeError, match=r"^out of memory$") as told, feeding.lost_process_told():
+        raise RuntimeError("out of memory")
+    assert not isinstance(told.value, OSError)
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True), ("cuda:1", True)])
+def test_batches_for_a_gpu_are_pinned(filed, monkeypatch, device, pinned):
+    found = {}
+
+    def loader(*_, **options):
+        found.update(options)
+        return []
+
+    monkeypatch.setattr(feeding, "DataLoader", loader)
+    list(feeding.feed(filed.train.inputs["a"], 4, 0, 0, Means(device, 2)))
+    assert (found["pin_memory"], found["num_workers"]) == (pinned, 2)
 
 
 @pytest.mark.parametrize("step", [*range(1, 24, 2), *range(4, 24, 4)])

@@ -472,9 +472,11 @@ def test_columns_can_be_pickled_and_say_what_they_depend_on(crema):
         assert torch.equal(again.example(1, 5), column.example(1, 5))
         lines = list(column.digest_lines())
         assert next(iter(column_of(crema, modality, small=False).digest_lines())) != lines[0]
-        first = crema / lines[1].rsplit(" ", 1)[0]
-        assert lines[1].rsplit(" ", 1)[1] == str(first.stat().st_size)
-        first.write_bytes(first.read_bytes() + b"\0")
+        name, size, _ = lines[1].rsplit(" ", 2)
+        first = crema / name
+        assert size == str(first.stat().st_size)
+        content = first.read_bytes()
+        first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # another content of the same size
         assert [one != other for one, other in zip(column.digest_lines(), lines, strict=True)].count(True) == 1
     assert lines[0].startswith("frames 1, side 32, crops (0.08, 1.0), bilinear, normal ((0.485")
 
@@ -804,7 +806,43 @@ def video_of_the_test_split(tree):
         (folder / f"train0-_000_000000_000010{end}").rename(folder / f"testx0-_000_000030_000040{end}")
 
 
+def kinetics_file(tree, ending=""):
+    """The sound of the clip on line 2, or its first picture."""
+    clip = "train0-_000_000000_000010"
+    return tree / "train_img" / "Image-01-FPS" / clip / ending if ending else tree / "train_wav" / f"{clip}.wav"
+
+
+def cut_sound(tree):
+    trees.cut(kinetics_file(tree))
+
+
+def cut_picture(tree):
+    trees.cut(kinetics_file(tree, "00001.jpg"))
+
+
+def no_sample(tree):
+    trees.write_empty_wav(kinetics_file(tree))
+
+
+def no_picture(tree):
+    for path in kinetics_file(tree, "00001.jpg").parent.iterdir():
+        path.unlink()
+
+
+def listed_again(tree):
+    kinetics_edit(tree, lambda line: line.replace(b"train0-_000,0,10", b"train1-_000,2,12"))
+
+
+def no_text(tree):
+    kinetics_edit(tree, lambda line: line.replace(b"blowing", b"bl\xf6wing"))
+
+
 KINETICS_BROKEN = [
+    (cut_sound, "truncated", "file {tree}/train_wav/train0-_000_000000_000010.wav: chunk data has"),
+    (cut_picture, "truncated", "file {tree}/train_img/Image-01-FPS/train0-_000_000000_000010/00001.jpg: its "),
+    (no_sample, "empty", "file {tree}/train_wav/train0-_000_000000_000010.wav: it has no sample"),
+    (no_picture, "empty", "folder {tree}/train_img/Image-01-FPS/train0-_000_000000_000010 has no picture"),
+    (no_text, "encoding", "byte 3 is 0xf6, which is no UTF-8"),
     (unknown_action, "label", "label of train0-_000 is 'sneezing', expected one of the 31, such as 'blowing nose'"),
     (no_time, "line", "clip is 'train0-_000', '0', 'ten', expected a youtube_id, and whole seconds as times if any"),
     (no_id, "line", "clip is '', '0', '10', expected a youtube_id"),
@@ -827,6 +865,55 @@ def test_what_is_wrong_with_kinetics_is_told_or_left_out(kinetics, damage, kind,
     found = KINETICS_SOUNDS.load(kinetics, SKIPPING)
     assert found.sizes == {"train": 61, "validation": 31, "test": 31}
     assert found.left_out == Faults(skip=True, found=[fault_of(kind)]).said()
+
+
+def test_a_clip_of_kinetics_that_is_listed_twice_is_told(kinetics):
+    listed_again(kinetics)
+    path = kinetics / "annotations" / "train.csv"
+    with pytest.raises(DataFault) as told:
+        KINETICS_SOUNDS.load(kinetics, SMALL)
+    again = f"{path}, line 3: train1-_000_000002_000012 is listed twice, first in {path}, line 2"
+    assert str(told.value).startswith(again)
+    assert KINETICS_SOUNDS.load(kinetics, SKIPPING).left_out == "1 examples that are listed twice"
+
+
+def test_another_delimiter_of_kinetics_is_always_refused(kinetics):
+    path = kinetics / "annotations" / "valid.csv"
+    path.write_text(path.read_text().replace(",", ";"))
+    for reading in (SMALL, SKIPPING):
+        with pytest.raises(DataFault, match=r"valid\.csv, line 1: no line of the list has a comma, found a semicolon"):
+            KINETICS_SOUNDS.load(kinetics, reading)
+
+
+def test_a_clip_of_one_picture_is_as_good(kinetics):
+    for path in sorted(kinetics_file(kinetics, "00001.jpg").parent.iterdir())[1:]:
+        path.unlink()
+    shown = KINETICS_SOUNDS.load(kinetics, SMALL).train.inputs["video"].example(0, None)
+    assert shown.shape[1] == 3
+    assert torch.equal(shown[:, 0], shown[:, 1])
+
+
+def test_what_is_hidden_is_no_picture(crema):
+    folder = crema / "Image-01-FPS" / "1001_DFA_SAD_XX"
+    (folder / "._00001.jpg").write_bytes(b"of macOS")
+    (folder / ".DS_Store").write_bytes(b"likewise")
+    assert CREMA_D.load(crema, SMALL).sizes["train"] == 18
+
+
+def test_where_all_speakers_are_shared_the_way_out_is_told(crema):
+    listed = "".join(f"{name},{emotion}\n" for name, emotion in trees.crema_clips("train"))
+    (crema / "annotations" / "test.csv").write_text(listed.replace("DFA", "IEO"))
+    for folder, end in (("AudioWAV", ".wav"), ("Image-01-FPS", "")):
+        for name, _ in trees.crema_clips("train"):
+            of = crema / folder
+            make = shutil.copytree if not end else shutil.copy
+            make(of / f"{name}{end}", of / f"{name.replace('DFA', 'IEO')}{end}")
+    with pytest.raises(DataFault) as told:
+        CREMA_D.load(crema, SKIPPING)
+    assert str(told.value).endswith(
+        "no example for the train split (18 examples of speakers who are in another split); --speakers shared takes "
+        "the lists as they are"
+    )
 
 
 def test_a_list_of_kinetics_without_its_header_is_refused(kinetics):

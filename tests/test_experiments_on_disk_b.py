@@ -1,12 +1,15 @@
 """Twitter2015, Sarcasm and NVGesture from small trees: what is read, what seeds change, and what is told of faults."""
 
+import csv
 import itertools
+import json
 import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -315,10 +318,27 @@ def test_clips_that_cannot_be_decoded(tmp_path):
         column(path).example(0, None)
 
 
+def test_metadata_that_is_no_text_does_not_matter(tmp_path):
+    path = shades(tmp_path / "a.avi")
+    content = path.read_bytes()
+    at = content.index(b"ISFT") + 8
+    path.write_bytes(content[:at] + b"\xe9" + content[at + 1 :])
+    assert places(column(path).example(0, None)) == list(range(3, 13))
+
+
+def test_a_folder_whose_name_looks_like_a_protocol(tmp_path, monkeypatch):
+    (tmp_path / "a:b").mkdir()
+    shades(tmp_path / "a:b" / "a.avi")
+    monkeypatch.chdir(tmp_path)
+    assert places(column(Path("a:b/a.avi")).example(0, None)) == list(range(3, 13))
+
+
 def test_digest_of_clips(tmp_path):
     path = shades(tmp_path / "a.avi")
     size = path.stat().st_size
-    assert list(column(path).digest_lines()) == [f"depth {TINY}", f"a.avi {size} 3 13"]
+    head, line = column(path).digest_lines()
+    assert head == f"depth {TINY}"
+    assert re.fullmatch(rf"a\.avi {size} [0-9a-f]{{12}} 3 13", line)
     assert next(iter(column(path, "flow").digest_lines())) == f"flow {TINY} {clips.FARNEBACK}"
 
 
@@ -687,6 +707,117 @@ def test_lists_of_another_form(root, tmp_path, skip, on_disk, name, old, new, to
         on_disk.load(tmp_path, small(skip_broken=skip))
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_published_test_list_of_tweets_has_a_header_of_its_own(root, tmp_path, skip):
+    copied(root, TWITTER2015, tmp_path)
+    path = tmp_path / "annotations" / "test_data.tsv"
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join(["index\t#1 ImageID\t#2 String\t#2 String", *lines[1:]]))
+    loaded = TWITTER2015.load(tmp_path, small(skip_broken=skip))
+    assert loaded.sizes == {"train": 12, "validation": 6, "test": 6}
+    assert loaded.left_out == ""
+    assert loaded.open_test().labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_list_of_tweets_in_utf_16_is_told_of_at_its_first_line(root, tmp_path, skip):
+    copied(root, TWITTER2015, tmp_path)
+    path = tmp_path / TSV
+    path.write_bytes(path.read_text().encode("utf-16"))
+    with pytest.raises(DataFault, match=r"train_data\.tsv, line 1: the columns are "):
+        TWITTER2015.load(tmp_path, small(skip_broken=skip))
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "name", "old", "new", "told"),
+    [
+        (TWITTER2015, TSV, b"\t1\t2.jpg", b"\t" + b"1" * 5000 + b"\t2.jpg", "line 4: label is '1111"),
+        (NVGESTURE, LST, b"color:sk_color:2:12", b"color:sk_color:2:" + b"1" * 5000, "line 1: it has no color:FILE"),
+    ],
+    ids=["label", "frame"],
+)
+def test_numbers_without_end(root, tmp_path, on_disk, name, old, new, told):
+    copied(root, on_disk, tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    with pytest.raises(DataFault, match=re.escape(f"{path}, ") + told):
+        on_disk.load(tmp_path, small())
+
+
+# Sarcasm's lists as the authors' scripts read them
+
+
+JSON = "annotations/train_data.json"
+
+
+@pytest.fixture
+def in_json(root, tmp_path):
+    """Sarcasm with lists in JSON."""
+    copied(root, SARCASM, tmp_path)
+    for part in trees.PARTS.values():
+        path = tmp_path / "annotations" / f"{part}_data.csv"
+        with path.open(encoding="utf-8", newline="") as file:
+            found = [{**record, "label": int(record["label"])} for record in csv.DictReader(file)]
+        path.with_suffix(".json").write_text(json.dumps(found))
+        path.unlink()
+    return tmp_path
+
+
+def edited_json(folder, change):
+    path = folder / JSON
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+def test_lists_in_json_are_those_in_csv(root, in_json):
+    one, other = SARCASM.load(root / "sarcasm", small()), SARCASM.load(in_json, small())
+    assert one.sizes == other.sizes
+    for part in ("train", "validation"):
+        mine, theirs = getattr(one, part), getattr(other, part)
+        assert torch.equal(mine.labels, theirs.labels)
+        assert torch.equal(mine.inputs["text"], theirs.inputs["text"])
+        assert torch.equal(mine.inputs["image"][[1]], theirs.inputs["image"][[1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "entry", "told"),
+    [
+        (lambda found: found[2].update(label=7), "label", 3, "label is '7', expected 0"),
+        (lambda found: found[2].pop("text"), "line", 3, "it has not each of image, text, label as text or an integer"),
+        (lambda found: found[2].update(label=[1]), "line", 3, "it has not each of image, text, label"),
+        (lambda found: found.__setitem__(2, "a tweet"), "line", 3, "it has not each of image, text, label"),
+        (lambda found: found[2].update(image="images/1.jpg"), "duplicate", 3, r"1\.jpg is listed twice, .*, entry 1"),
+        (lambda found: found[2].update(image="images/99.jpg"), "missing", 3, r"file .*99\.jpg does not exist"),
+    ],
+    ids=["label", "no text", "label a list", "no entry", "twice", "missing"],
+)
+def test_broken_lists_in_json(in_json, change, kind, entry, told):
+    edited_json(in_json, change)
+    with pytest.raises(DataFault, match=re.escape(f"{in_json / JSON}, entry {entry}: ") + told):
+        SARCASM.load(in_json, small())
+    faults = Faults(skip=True)
+    assert len(SARCASM.survey(in_json, small(skip_broken=True), faults).examples["train"]) == 7
+    assert faults.counts == {kind: 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[{", r"train_data\.json: it is no JSON that can be read \("),
+        (b'["\xff"]', r"train_data\.json: byte 3 is no UTF-8; save the list as UTF-8$"),
+        (b'{"image": 1}', r"train_data\.json: it holds dict, expected a list of entries with image, text, label$"),
+        (b"[]", r"train_data\.json: it holds list, expected a list of entries"),
+    ],
+    ids=["cut off", "no UTF-8", "no list", "empty"],
+)
+def test_files_that_are_no_list_in_json(in_json, content, told):
+    (in_json / JSON).write_bytes(content)
+    for skip in (False, True):
+        with pytest.raises(DataFault, match=told):
+            SARCASM.load(in_json, small(skip_broken=skip))
+
+
 def test_an_empty_list_of_gestures(root, tmp_path):
     copied(root, NVGESTURE, tmp_path)
     (tmp_path / LST).write_text("\n")
@@ -710,7 +841,7 @@ def test_missing_lists_and_folders(root, tmp_path, on_disk):
 @SETS
 def test_splits_without_an_example(root, tmp_path, on_disk):
     copied(root, on_disk, tmp_path)
-    folder = "Video_data" if on_disk is NVGESTURE else on_disk.layout.split("\n")[1].partition("/")[0]
+    folder = "Video_data" if on_disk is NVGESTURE else on_disk.layout.split("\n")[-1].partition("/")[0]
     (tmp_path / folder).rename(tmp_path / "elsewhere")
     with pytest.raises(DataFault, match=r"has no example for the train split \(\d+ missing files\)"):
         on_disk.load(tmp_path, small(skip_broken=True))

@@ -3,7 +3,9 @@
 import shutil
 
 import pytest
+import torch
 import trees_a as trees
+import trees_b
 from PIL import Image
 
 from igm_rs.experiments.columns import Reading
@@ -11,6 +13,7 @@ from igm_rs.experiments.on_disk.check import SHOWN, check
 from igm_rs.experiments.on_disk.crema_d import CREMA_D
 from igm_rs.experiments.on_disk.faults import KINDS
 from igm_rs.experiments.on_disk.kinetics_sounds import KINETICS_SOUNDS
+from igm_rs.experiments.on_disk.nvgesture import NVGESTURE
 
 SMALL = Reading("small", skip_broken=True)
 
@@ -56,7 +59,7 @@ usable            18           6          12
 A training for the network 'default' would use
   audio: spectrogram 1 × 257 × 188; encoder with 512 features, random weights
   video: frames 3 × 1 × 224 × 224; encoder with 512 features, random weights
-  speakers apart: a speaker, subject or video in two splits is a fault
+  speakers apart: a speaker, subject, video or picture in two splits is a fault
 
 A training would start."""
     )
@@ -149,7 +152,10 @@ def test_speakers_in_two_splits_are_told_unless_they_are_shared(crema):
     assert "1 examples of speakers who are in another split\n" in report.text
     shared = check(CREMA_D, crema, Reading("small", speakers="shared"))
     assert shared.problems == 0
-    assert "  speakers shared: a speaker, subject or video may be in two splits, and is measured on" in shared.text
+    assert (
+        "  speakers shared: a speaker, subject, video or picture may be in two splits, and is measured on"
+        in shared.text
+    )
     assert shared.text.endswith("A training would start.")
 
 
@@ -200,3 +206,37 @@ def test_kinetics_is_checked_too(tmp_path):
     assert lines[3].split() == ["listed", "62", "31", "31"]
     assert "  tickling                       2           1           1" in lines
     assert any(line.startswith("  video: frames 3 × 3 × 32 × 32; encoder with ") for line in lines)
+
+
+# Gestures: several modalities of one file
+
+
+def test_a_file_of_several_modalities_is_told_once(tmp_path):
+    trees_b.nvgesture(tmp_path, classes=25, later=1)
+    path = tmp_path / "Video_data" / "class_03" / "subject1_r1" / "sk_color.avi"
+    content = path.read_bytes()
+    at = content.index(b"strf") + 8 + 16
+    path.write_bytes(content[:at] + b"ZZZZ" + content[at + 4 :])  # a way of coding that nobody has
+    report = check(NVGESTURE, tmp_path, SMALL)
+    assert report.problems == 1
+    assert "1 files that cannot be decoded\n" in report.text
+    assert f"line 3: {path}: it cannot be decoded (" in report.text
+
+
+def test_windows_that_end_behind_their_file_are_told_and_stop_nothing(tmp_path):
+    trees_b.nvgesture(tmp_path, classes=25, later=1)
+    path = tmp_path / "nvgesture_train_correct_v2.lst"
+    trees_b.change(path, 2, b"color:sk_color:2:12", b"color:sk_color:2:12000")
+    report = check(NVGESTURE, tmp_path, SMALL)
+    assert report.problems == 0
+    video = tmp_path / "Video_data" / "class_02" / "subject1_r1" / "sk_color.avi"
+    assert f"1 windows end behind their files, the first in {path}, line 2: {video} has 14 frames\n" in report.text
+    assert report.text.endswith("A training would start.")
+
+
+def test_weights_that_do_not_fit_keep_a_training_from_starting(crema_tree, tmp_path):
+    file = tmp_path / "weights.pt"
+    torch.save({"fc.weight": torch.ones(2)}, file)
+    report = check(CREMA_D, crema_tree, Reading("small", weights={"audio": file}))
+    assert report.problems == 1
+    assert f"A training would not start: weights {file} do not fit " in report.text

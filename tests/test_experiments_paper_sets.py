@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -12,7 +13,7 @@ import trees_a
 import trees_b
 
 from igm_rs import analysis
-from igm_rs.experiments import command, configuration, data, figures, running, tables
+from igm_rs.experiments import command, configuration, data, figures, finetuning, running, tables
 from igm_rs.experiments.columns import Reading
 from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.methods import Row
@@ -160,37 +161,56 @@ def test_what_comes_with_a_command_is_in_the_command_of_its_table(trees, tmp_pat
     assert "--skip-broken" in table.results["command"]
 
 
-@pytest.mark.parametrize("number", [2, 3, 4, 5])
-def test_every_table_of_the_paper_is_made_from_a_tree(number, trees, tmp_path, capsys):
-    words = words_of("crema-d", trees, "table", str(number), out=tmp_path)
+@pytest.mark.parametrize(
+    ("number", "of"),
+    [*((number, "crema-d") for number in (2, 3, 4, 5)), (3, "nvgesture"), (2, "twitter2015"), (5, "sarcasm")],
+)
+def test_every_table_of_the_paper_is_made_from_a_tree(number, of, trees, tmp_path, capsys):
+    """Of every kind of set: with sound, with text and Adam, of three modalities."""
+    words = words_of(of, trees, "table", str(number), out=tmp_path)
     assert command.main([*words, "--rho", "0.05"]) == 0
     assert capsys.readouterr().out.lstrip().startswith(f"Table {number}: ")
-    assert (tmp_path / "tables" / f"table-{number}-crema-d.md").is_file()
+    table = tables.Table.read(tmp_path / "tables" / f"table-{number}-{of}.json")
+    assert len(table.results["rows"]) == {2: 4, 3: len(MODALITIES[of]) + 1, 4: 5, 5: 14}[number]
 
 
 @pytest.mark.filterwarnings("ignore:tight_layout|constrained_layout")
-@pytest.mark.parametrize("name", ["1", "3", "4", "5a", "5c"])
-def test_every_figure_of_the_paper_is_made_from_a_tree(name, trees, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [*((name, "crema-d") for name in ("1", "3", "4", "5a", "5c")), ("1", "nvgesture"), ("5a", "sarcasm")],
+)
+def test_every_figure_of_the_paper_is_made_from_a_tree(name, of, trees, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "POINTS", 3)
     monkeypatch.setattr(figures, "TIMING", 0.2)
     monkeypatch.setattr(analysis, "TAUS", (0.4, 10.0))
     monkeypatch.setattr(analysis, "RHOS", (1e-10, 0.05))
-    words = words_of("crema-d", trees, "figure", name, out=tmp_path)
+    words = words_of(of, trees, "figure", name, out=tmp_path)
     if name == "5c":  # times one training of each
         at = words.index("--seeds")
         del words[at : at + 2]
     assert command.main([*words, "--rho", "0.05"]) == 0
-    told = json.loads((tmp_path / "figures" / f"figure-{name}-crema-d.json").read_text())
+    told = json.loads((tmp_path / "figures" / f"figure-{name}-{of}.json").read_text())
     assert told["config"]["network"] == "small"
-    assert (tmp_path / "figures" / f"figure-{name}-crema-d.png").stat().st_size > 10_000
+    assert (tmp_path / "figures" / f"figure-{name}-{of}.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A folder of a small CLIP."""
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    trees_b.clip(folder, ["awful", "plain", "lovely", "ann", "bob", "and", "today"])
+    return folder
+
+
+def words_of_5b(name, trees, seeds, out):
+    words = ["figure", "5b", "--data", name, "--data-root", str(trees[name]), "--steps", "4"]
+    words += ["--turn-steps", "2", "--batch-size", "6", "--seeds", str(seeds), "--workers", "1", "--out", str(out)]
+    return words
 
 
 @pytest.mark.filterwarnings(QUIET)
-def test_figure_5b_fine_tunes_the_clip_that_is_given(trees, tmp_path, capsys):
-    clip = tmp_path / "clip"
-    trees_b.clip(clip, ["awful", "plain", "lovely", "ann", "bob", "and", "today"])
-    words = ["figure", "5b", "--data", "twitter2015", "--data-root", str(trees["twitter2015"]), "--steps", "4"]
-    words += ["--turn-steps", "2", "--batch-size", "6", "--seeds", "2", "--workers", "1", "--out", str(tmp_path)]
+def test_figure_5b_fine_tunes_the_clip_that_is_given(trees, clip, tmp_path, capsys):
+    words = words_of_5b("twitter2015", trees, 2, tmp_path)
     assert command.main(words) == 1
     assert "--weights text=" in capsys.readouterr().err
     assert command.main([*words, "--weights", f"text={clip}", f"image={clip}"]) == 0
@@ -200,13 +220,66 @@ def test_figure_5b_fine_tunes_the_clip_that_is_given(trees, tmp_path, capsys):
     runs = told["numbers"]["runs"]
     assert set(runs) == {"frozen", "pretrained"}
     for network in runs.values():
-        assert set(network) == {"joint-sum", "mla", "igm"}
+        assert set(network) == {"joint-sum", "mla-three-layer", "igm"}
         assert all(len(each) == 2 for each in network.values())
     assert [run["parameters"] for run in runs["frozen"]["igm"]] == [
         run["parameters"] for run in runs["pretrained"]["igm"]
     ]
-    assert "Encoders frozen" in told["caption"]
-    assert "IGM over plain" in told["caption"]
+    caption = told["caption"]
+    assert "the round chosen on validation: mean ± standard deviation over 2 runs" in caption
+    assert "Encoders frozen, 4 steps of each modality, learning rates as configured: plain " in caption
+    assert "IGM over plain" in caption
+    assert caption.count(" points (95 % interval).") == 2
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_figure_5b_says_what_was_chosen_where(trees, clip, tmp_path):
+    words = words_of_5b("sarcasm", trees, 1, tmp_path)
+    given = ["--weights", f"text={clip}", f"image={clip}", "--protocol", "paper", "--learning-rate", "none"]
+    assert command.main([*words, *given, "--rates", "0.001"]) == 0
+    caption = json.loads((tmp_path / "figures" / "figure-5b-sarcasm-paper.json").read_text())["caption"]
+    assert "the round chosen on the test split, as the released scripts do: one run of each method" in caption
+    assert caption.count("learning rates chosen on validation") == 2
+    assert "interval" not in caption
+
+
+def test_figure_5b_counts_each_origin_once_and_tells_both_where_they_differ(tmp_path):
+    def run(seed, mean, by_origin):
+        scores = {"accuracy": {"mean": mean}, "by_origin": {"mean": by_origin}}
+        return {"seed": seed, "chosen": {"scores": scores}}
+
+    config = configuration.Config(seeds=2, first_seed=1)
+    order = SimpleNamespace(config=config, configs=dict.fromkeys(finetuning.NETWORKS, config))
+    methods = enumerate(finetuning.METHODS)
+    runs = {("frozen", key): [run(1, 0.5, 0.6 + at / 10), run(2, 0.5, 0.6)] for at, key in methods}
+    runs |= {("pretrained", key): [run(1, 0.5, 0.5), run(2, 0.7, 0.7)] for key in finetuning.METHODS}
+    rates = {network: dict.fromkeys(finetuning.METHODS, 0.1) for network in finetuning.NETWORKS}
+    caption = finetuning._caption(order, runs, rates)
+    assert "plain 60.0 ± 0.0 (0.1), MLA 65.0 ± 7.1 (0.1), IGM 70.0 ± 14.1 (0.1); IGM over plain +10.0" in caption
+    assert (
+        "With every example counting: plain 50.0 ± 0.0, MLA 50.0 ± 0.0, IGM 50.0 ± 0.0; IGM over plain +0.0" in caption
+    )
+    assert caption.count("With every example") == 1, "where the encoders are trained on both are the same"
+
+
+@pytest.mark.parametrize("given", [("--rho", "0"), ("--tau", "0")])
+def test_figure_5b_is_about_igm(given, trees, clip, tmp_path, capsys):
+    words = words_of_5b("twitter2015", trees, 1, tmp_path)
+    assert command.main([*words, "--weights", f"text={clip}", f"image={clip}", *given]) == 1
+    assert "expected both above 0: figure 5b is about IGM" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_figure_5b_is_made_of_the_clip_art_with_the_encoders_of_packages(tmp_path):
+    words = ["figure", "5b", "--data", "openclipart", "--steps", "2", "--turn-steps", "1", "--batch-size", "4"]
+    words += ["--seeds", "1", "--learning-rate", "0.001", "--workers", "1", "--out", str(tmp_path)]
+    assert command.main(words) == 0
+    told = json.loads((tmp_path / "figures" / "figure-5b-openclipart.json").read_text())
+    runs = told["numbers"]["runs"]
+    assert set(runs) == {"frozen", "pretrained"}
+    assert all(set(each) == {"joint-sum", "mla-three-layer", "igm"} for each in runs.values())
+    assert "With every example counting" in told["caption"], "titles repeat"
+    assert (tmp_path / "figures" / "figure-5b-openclipart.png").stat().st_size > 10_000
 
 
 # igm-rs data check
@@ -236,12 +309,47 @@ def test_a_broken_folder_is_said_to_be_one(trees, tmp_path, capsys):
     assert "expected one that lies in a folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"hello world", b"", b"\x80\x04not a pickle"])
+def test_weights_that_cannot_be_read_are_told_before_a_training(content, trees, tmp_path, capsys):
+    file = tmp_path / "image.pth"
+    file.write_bytes(content)
+    given = ["--weights", f"image={file}"]
+    assert command.main(["data", "check", "twitter2015", str(trees["twitter2015"]), "--network", "small", *given]) == 1
+    assert f"A training would not start: weights {file} cannot be read (" in capsys.readouterr().out
+    words = words_of("twitter2015", trees, "train", "--method", "igm", out=tmp_path / "out")
+    assert command.main([*words, *given]) == 1
+    assert capsys.readouterr().err.startswith(f"error: weights {file} cannot be read (")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings(QUIET)
+def test_a_training_begins_with_the_weights_that_are_given(trees, tmp_path):
+    found = data.load("crema-d", trees["crema-d"], Reading("small"))
+    torch.manual_seed(5)
+    state = found.encoders["audio"].make().state_dict()
+    torch.save(state, tmp_path / "audio.pt")
+    words = words_of("crema-d", trees, "train", "--method", "igm", out=tmp_path)
+    given = ["--weights", f"audio={tmp_path / 'audio.pt'}", "--learning-rate", "1e-30"]
+    assert command.main([*words, *given]) == 0
+    reading = Reading("small", weights={"audio": tmp_path / "audio.pt"})
+    begun = data.load("crema-d", trees["crema-d"], reading).encoders["audio"].make().state_dict()
+    assert all(torch.equal(begun[name], value) for name, value in state.items())
+    (record,) = records_of(tmp_path)
+    other = tmp_path / "other"
+    assert command.main([*words_of("crema-d", trees, "train", "--method", "igm", out=other), *given[2:]]) == 0
+    assert records_of(other)[0]["digests"]["data"] != record["digests"]["data"]
+    assert records_of(other)[0]["curve"] != record["curve"]
+
+
 def test_a_device_that_is_none_is_refused(trees, tmp_path, capsys):
     words = words_of("crema-d", trees, "train", "--method", "igm", out=tmp_path)
     assert command.main([*words, "--device", "toaster"]) == 1
     assert capsys.readouterr().err.startswith("error: device is 'toaster', expected cpu or cuda, which torch can use: ")
-    assert command.main([*words, "--device", "meta"]) == 1
-    assert capsys.readouterr().err.startswith("error: device is 'meta', expected cpu or cuda, which torch can use: ")
+    for device in ("meta", "mps", "xla"):
+        assert command.main([*words, "--device", device]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: device is '{device}', expected cpu or cuda, which torch can use: ")
+        assert len(said) < 300
     if not torch.cuda.is_available():
         assert command.main([*words, "--device", "cuda"]) == 1
         assert capsys.readouterr().err.startswith(
@@ -260,11 +368,28 @@ def test_a_device_that_is_none_is_refused(trees, tmp_path, capsys):
         ),
         (["--network", "small"], "network is 'small', expected one of default for mfeat"),
         (["--rho", "fou=0.1"], "rho has no 'zer', expected one number, or one for each of fou, zer, mor"),
+        (["--rho", "fou=1,zer=1,mor=1,kar=1"], "rho names 'kar', expected each of fou, zer, mor"),
     ],
 )
 def test_what_has_no_use_is_refused(words, message, tmp_path, capsys):
     assert command.main(["train", "--method", "igm", "--data", "mfeat", "--out", str(tmp_path), *words]) == 1
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--rho", "fou=x,zer=0.1", "'fou=x,zer=0.1' is no number, nor such as audio=1e-10,video=1e-15, each once"),
+        ("--rho", "fou=1,fou=2", "'fou=1,fou=2' is no number, nor such as"),
+        ("--rho", "much", "'much' is no number, nor such as"),
+        ("--loaders", "-1", "'-1' is not an integer from 0"),
+        ("--loaders", "two", "'two' is not an integer from 0"),
+    ],
+)
+def test_what_cannot_be_read_is_told(option, value, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["train", "--method", "igm", "--data", "mfeat", f"{option}={value}"])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.cuda
@@ -284,8 +409,11 @@ def test_the_folder_is_not_in_what_is_kept(trees, tmp_path):
 
 
 @pytest.mark.filterwarnings(QUIET)
-@pytest.mark.parametrize("name", WRITERS)
-def test_an_epoch_of_every_loader_through_its_network(name, trees):
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [*((name, "small") for name in WRITERS), ("twitter2015", "pretrained"), ("sarcasm", "frozen")],
+)
+def test_an_epoch_of_every_loader_through_its_network(name, network, trees, clip):
     """Every training example once (but for a short last batch), decoded, through encoder and head, forth and back."""
 
     class Noted(Training):
@@ -298,9 +426,10 @@ def test_an_epoch_of_every_loader_through_its_network(name, trees):
             return super().step_on(active, chosen, inputs)
 
     Noted.seen = {}
-    found = data.load(name, trees[name], Reading(network="small"))
+    weights = {} if network == "small" else {"text": clip, "image": clip}
+    found = data.load(name, trees[name], Reading(network, weights))
     batches = len(found.train) // 6
-    config = load_config(name, {"network": "small", "batch_size": 6, "steps": batches, "turn_steps": batches})
+    config = load_config(name, {"network": network, "batch_size": 6, "steps": batches, "turn_steps": batches})
     training = Noted(found.without_test(), Row("igm", MODALITIES[name]), config, 1e-3, 3)
     before = {key: value.clone() for key, value in training.model.state_dict().items()}
     trained = training.run()
@@ -308,5 +437,8 @@ def test_an_epoch_of_every_loader_through_its_network(name, trees):
         assert len(set(Noted.seen[modality])) == len(Noted.seen[modality]) == 6 * batches
     assert all(math.isfinite(point["loss"]) for point in trained.curve)
     after = trained.weights["last"]
-    still = [key for key, value in training.model.named_parameters() if torch.equal(before[key], after[key])]
+    parameters = training.model.named_parameters()
+    still = [key for key, value in parameters if value.requires_grad and torch.equal(before[key], after[key])]
     assert [key for key in still if "embedding" not in key] == []  # words that no text has do not move
+    if network == "frozen":
+        assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("encoders."))
