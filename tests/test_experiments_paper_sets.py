@@ -227,7 +227,8 @@ def test_figure_5b_fine_tunes_the_clip_that_is_given(trees, clip, tmp_path, caps
     ]
     caption = told["caption"]
     assert "the round chosen on validation: mean ± standard deviation over 2 runs" in caption
-    assert "Encoders frozen, 4 steps of each modality, learning rates as configured: plain " in caption
+    assert "Encoders frozen, 4 steps of each modality, learning rates chosen on validation: plain " in caption
+    assert "Encoders trained on, 4 steps of each modality, learning rates as configured: plain " in caption
     assert "IGM over plain" in caption
     assert caption.count(" points (95 % interval).") == 2
 
