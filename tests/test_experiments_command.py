@@ -238,7 +238,7 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
         ),
         (
             ["table", "1", "--data", "toy", "--methods", "igm-one-sided"],
-            "methods has igm-one-sided, whose rows are those",
+            "methods has igm-one-sided, which is that of table 3",
         ),
         (
             ["train", "--method", "mla", "--data", "toy", "--tau", "5"],
