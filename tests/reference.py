@@ -565,7 +565,8 @@ class Algorithm1:
     augment_bias : bool
         A constant feature 1 is appended to Z, and T acts on [W b], of layers that have a bias.
     reset : subset of {"momentum", "lr"}
-        What the first step of a turn starts anew: the base's state of what moves, the lr that each group came with.
+        What a turn starts anew: the base's state of what moves, at its first step; the lr that each group came with, at
+        its beginning.
     alpha, batches, normalise
         Of the recursion: α = alpha^(1 + batch/batches), ``alpha`` itself if ``batches`` is None; ``batch`` counts the
         rows that the modality has brought to the layer, modulo ``batches``.
@@ -815,17 +816,28 @@ class Algorithm1:
 
     def enter(self, active):
         """Begin a turn, or go on with that of ``active`` which an exception has left."""
+        self.lr_before = [group["lr"] for group in self.base.param_groups]
         if not (self.open == active and self.explicit):
             self.close()
             self.begins[active] = True
+            if "lr" in self.reset:
+                self._first_lr()
         self.active = active
 
     def leave(self, failed=False):
         """End the turn under way; one that ``failed`` makes no T, and waits for its modality to enter again."""
         name, self.active = self.active, None
         self.waiting = {}
+        if "lr" in self.reset and self.open != name:  # without a step nothing has changed, but what was set since
+            for group, lr, first in zip(self.base.param_groups, self.lr_before, self.initial_lr, strict=False):
+                if group["lr"] == first:
+                    group["lr"] = lr
         if not failed and self.open == name:
             self._end()
+
+    def _first_lr(self):
+        for group, lr in zip(self.base.param_groups, self.initial_lr, strict=True):
+            group["lr"] = lr
 
     def close(self):
         """End the turn that steps outside any `turn` have formed; drop one that an exception has left."""
@@ -859,9 +871,8 @@ class Algorithm1:
             if "momentum" in self.reset:
                 for p in self.parameters[active]:
                     self.base.state.pop(p, None)
-            if "lr" in self.reset:
-                for group, lr in zip(self.base.param_groups, self.initial_lr, strict=True):
-                    group["lr"] = lr
+            if "lr" in self.reset and not named:
+                self._first_lr()
         if named or self.refresh_when == "turn":
             self.open, self.explicit = active, named
 
