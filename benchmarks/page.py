@@ -183,7 +183,7 @@ def _time(side: dict[str, float]) -> str:
 
 
 def _digits(ms: float, few: int = 3) -> str:
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.{few}g}"
+    return f"{ms:.0f}" if round(ms) >= 100 else f"{ms:.{few}g}"
 
 
 def _asked(judged: dict[str, Any], unit: str) -> str:

@@ -173,6 +173,29 @@ def test_a_lost_process_is_told_with_what_may_be_done():
     )
 
 
+class Failing(Deadly):
+    """Fails as torch does."""
+
+    def example(self, place, seed):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_an_error_within_a_process_is_no_lost_process():
+    with pytest.raises(RuntimeError, match=r"shapes do not fit"):
+        next(feeding.feed(Failing(), 2, 0, 0, Means(loaders=1)))
+
+
+def test_a_process_lost_in_the_middle_of_a_step_is_told_too(filed, monkeypatch):
+    training = Training(filed.without_test(), Row("igm", NAMES), TINY, 0.05, 7)
+
+    def lost(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(training, "step_on", lost)
+    with pytest.raises(ChildProcessError, match=r"\(DataLoader worker \(pid 1\) is killed by signal: Killed\), most"):
+        training.run()
+
+
 def test_other_errors_of_torch_are_its_own():
     with pytest.raises(RuntimeError, match=r"^out of memory$") as told, feeding.lost_process_told():
         raise RuntimeError("out of memory")

@@ -788,9 +788,15 @@ def test_lists_in_json_are_those_in_csv(root, in_json):
         (lambda found: found[2].update(label=[1]), "line", 3, "it has not each of image, text, label"),
         (lambda found: found.__setitem__(2, "a tweet"), "line", 3, "it has not each of image, text, label"),
         (lambda found: found[2].update(image="images/1.jpg"), "duplicate", 3, r"1\.jpg is listed twice, .*, entry 1"),
+        (
+            lambda found: found[2].update(text="half \ud83d"),
+            "encoding",
+            3,
+            "it has half a letter of two, which is no UTF-8",
+        ),
         (lambda found: found[2].update(image="images/99.jpg"), "missing", 3, r"file .*99\.jpg does not exist"),
     ],
-    ids=["label", "no text", "label a list", "no entry", "twice", "missing"],
+    ids=["label", "no text", "label a list", "no entry", "twice", "half a letter", "missing"],
 )
 def test_broken_lists_in_json(in_json, change, kind, entry, told):
     edited_json(in_json, change)
@@ -806,16 +812,33 @@ def test_broken_lists_in_json(in_json, change, kind, entry, told):
     [
         (b"[{", r"train_data\.json: it is no JSON that can be read \("),
         (b'["\xff"]', r"train_data\.json: byte 3 is no UTF-8; save the list as UTF-8$"),
-        (b'{"image": 1}', r"train_data\.json: it holds dict, expected a list of entries with image, text, label$"),
-        (b"[]", r"train_data\.json: it holds list, expected a list of entries"),
+        (b'{"image": 1}', r"train_data\.json: it holds a dict, expected a list of entries with image, text, label$"),
+        (b"[]", r"train_data\.json: it holds an empty list, expected a list of entries"),
+        ("[]".encode("utf-16"), r"train_data\.json: byte 1 is no UTF-8; save the list as UTF-8$"),
+        (b"[" * 100_000, r"train_data\.json: it is no JSON that can be read \("),
     ],
-    ids=["cut off", "no UTF-8", "no list", "empty"],
+    ids=["cut off", "no UTF-8", "no list", "empty", "UTF-16", "deep"],
 )
 def test_files_that_are_no_list_in_json(in_json, content, told):
     (in_json / JSON).write_bytes(content)
     for skip in (False, True):
         with pytest.raises(DataFault, match=told):
             SARCASM.load(in_json, small(skip_broken=skip))
+
+
+def test_lines_of_gestures_may_end_as_they_did_on_old_machines(root, tmp_path):
+    copied(root, NVGESTURE, tmp_path)
+    path = tmp_path / LST
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
+    assert NVGESTURE.load(tmp_path, small()).sizes["train"] == 50
+
+
+def test_lines_of_sarcasm_that_end_so_are_told_of(root, tmp_path):
+    copied(root, SARCASM, tmp_path)
+    path = tmp_path / CSV
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\r").replace(b"\n", b" "))
+    with pytest.raises(DataFault, match=r"line 1: its quotes or ends of lines are not those of a CSV file \("):
+        SARCASM.load(tmp_path, small())
 
 
 def test_an_empty_list_of_gestures(root, tmp_path):

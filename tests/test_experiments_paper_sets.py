@@ -239,7 +239,10 @@ def test_figure_5b_says_what_was_chosen_where(trees, clip, tmp_path):
     given = ["--weights", f"text={clip}", f"image={clip}", "--protocol", "paper", "--learning-rate", "none"]
     assert command.main([*words, *given, "--rates", "0.001"]) == 0
     caption = json.loads((tmp_path / "figures" / "figure-5b-sarcasm-paper.json").read_text())["caption"]
-    assert "the round chosen on the test split, as the released scripts do: one run of each method" in caption
+    assert (
+        "the round chosen on the test split by every example, as the released scripts do: one run of each method"
+        in caption
+    )
     assert caption.count("learning rates chosen on validation") == 2
     assert "interval" not in caption
 

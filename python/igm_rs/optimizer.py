@@ -126,7 +126,8 @@ class IGMOptimizer(torch.optim.Optimizer):
         of which a polynomial would enlarge the rounding. ``last_stats["routes"]`` tells.
     reset : subset of {"momentum", "lr"}
         What starts anew with each turn: the base's state of the moving parameters, at the turn's first step; the lr of
-        construction, where the block begins, so that a scheduler made or stepped in it counts.
+        construction, where the ``turn()`` block begins, so that a scheduler made or stepped in it counts, or outside
+        any at the first step.
     alpha : float, optional
         Of the ridge > 0, 30 by default (10 to 100 are usual); of the null space ≥ 1, 10 by default; of the orthogonal
         projector > 0, 0.1 by default.

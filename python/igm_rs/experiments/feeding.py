@@ -149,7 +149,7 @@ def lost_process_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):  # "Caught … in DataLoader worker" is an error of it
             raise
         raise ChildProcessError(
             f"a process that decodes files is gone ({str(error).splitlines()[0].rstrip('. ')}), most likely for want "

@@ -35,7 +35,8 @@ from .training import Training
 __all__ = ["SEEDS", "figure"]
 
 SEEDS = {"1": 2, "3": 2, "4": 3, "5a": 5, "5b": 3, "5c": 1}
-"""Runs of each method in a figure, unless told otherwise: so many that each takes two or three minutes, 5b twenty."""
+"""Runs of each method in a figure, unless told otherwise: so many that each takes two or three minutes, 5b half
+an hour."""
 
 WATCHED = 5
 """Figure 1 looks at every so many steps."""

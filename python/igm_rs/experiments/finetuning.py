@@ -37,7 +37,7 @@ COUNTED = {"by_origin": "each origin once", "accuracy": "every example"}
 """The accuracies, with what counts in them."""
 
 MEASURE = "by_origin"
-"""The one that is shown; rounds and learning rates are chosen by it, too."""
+"""The one that is shown; on validation, rounds and learning rates are chosen by it, too."""
 
 APART = 0.005
 """How far the other one is from it where that is told."""
@@ -135,7 +135,9 @@ def _caption(order: Order, runs: Runs, rates: Mapping[str, Mapping[str, float]])
     """Say what is shown, the numbers, and what the differences come to."""
     seeds = order.configs["pretrained"].seeds
     over = "one run" if seeds == 1 else f"mean ± standard deviation over {seeds} runs"
-    on = {"validation": "validation", "paper": "the test split, as the released scripts do"}[order.config.protocol]
+    on = {"validation": "validation", "paper": "the test split by every example, as the released scripts do"}[
+        order.config.protocol
+    ]
     told = " ".join(_of_network(order, runs, rates, network) for network in NETWORKS)
     return (
         f"Test accuracy of the {FUSED} fusion, {COUNTED[MEASURE]}, at the round chosen on {on}: {over} of each method "

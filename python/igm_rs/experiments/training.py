@@ -21,7 +21,7 @@ from .columns import Column
 from .configuration import Config
 from .data import DataSet
 from .evaluation import Watched, of_fusion, watched
-from .feeding import Means, batch_stream, feed
+from .feeding import Means, batch_stream, feed, lost_process_told
 from .methods import Row
 from .networks import Branches
 
@@ -307,13 +307,16 @@ class Training:
         ------
         Stopped
             If `stop` says so.
+        ChildProcessError
+            If a process that decodes is gone.
         """
         with self._own_random(), torch.backends.cudnn.flags(deterministic=True):
             torch.set_rng_state(self._random[0])
             for state in self._random[1:]:
                 torch.cuda.set_rng_state(state, self.means.device)
             try:
-                self._run(report or _silent, stop or _never, save or _nothing)
+                with lost_process_told():  # torch tells of one wherever the training is
+                    self._run(report or _silent, stop or _never, save or _nothing)
             finally:
                 self._random = self._random_now()
                 self._feeds.clear()

@@ -113,7 +113,7 @@ def load_file(network: nn.Module, file: Path, what: str, *, stem: str, classifie
             for name, tensor in given.items()
             if name in own and tensor.shape != own[name].shape
         ],
-        "has without finite numbers": [
+        "has of another kind or not finite": [
             name for name, tensor in given.items() if name in own and not _sound(tensor, own[name])
         ],
     }
@@ -182,7 +182,7 @@ def load_folder(kind: Any, folder: Path, *, left_out: Sequence[str], **options: 
             f"{name} {tuple(there)} for {tuple(here)}" for name, there, here in sorted(told["mismatched_keys"])
         ],
     }
-    wrong["has without finite numbers"] = [
+    wrong["has of another kind or not finite"] = [
         name for name, value in model.state_dict().items() if not _sound(value, value)
     ]
     _refuse(folder, kind.__name__, wrong)
@@ -229,12 +229,12 @@ def _read(file: Path) -> Any:
 
 
 def _sound(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a tensor holds numbers that a network's own can be set to: dense, of its kind, and finite."""
+    """Whether a tensor holds numbers that a network's own can be set to: dense, real, and finite."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
-    if own.is_floating_point():
-        return tensor.is_floating_point() and bool(tensor.isfinite().all())
-    return not tensor.is_floating_point() and not tensor.is_complex()
+    if tensor.is_floating_point():  # also for a count of batches, which halving a checkpoint makes a float
+        return bool(tensor.isfinite().all())
+    return not own.is_floating_point() and not tensor.is_complex()
 
 
 def _described(found: Any) -> str:

@@ -135,14 +135,23 @@ def table(
 
 
 def header(path: Path, delimiter: str, *, quoted: bool = True) -> list[str]:
-    """Return the fields of a list's first line, whatever they are; what is no UTF-8 in them is replaced."""
+    """Return the fields of a list's first line, whatever they are; what is no UTF-8 in them is replaced.
+
+    Raises
+    ------
+    DataFault
+        If it is no line of a CSV file.
+    """
     first = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].decode(errors="replace").rstrip("\r")
-    return next(csv.reader([first], delimiter=delimiter), [""]) if quoted else first.split(delimiter)
+    try:
+        return next(csv.reader([first], delimiter=delimiter), [""]) if quoted else first.split(delimiter)
+    except csv.Error as error:
+        raise DataFault(f"{path}, line 1: its quotes or ends of lines are not those of a CSV file ({error})") from error
 
 
 def lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
     """Yield the lines of a list that hold something, with their numbers, from 1; raises as :func:`rows`."""
-    read = _Lines(path, path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), faults)
+    read = _Lines(path, path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), faults)
     for text in read:
         if text.strip() and not read.was_bad(read.line):
             yield read.line, text
@@ -169,19 +178,22 @@ def entries(path: Path, columns: Sequence[str], faults: Faults) -> Iterator[tupl
         Whatever is done about single entries: if the file is no JSON in UTF-8, or no list.
     """
     try:
-        found = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        found = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode())
     except UnicodeDecodeError as error:
         raise DataFault(f"{path}: byte {error.start + 1} is no UTF-8; save the list as UTF-8") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataFault(f"{path}: it is no JSON that can be read ({error})") from error
     if not isinstance(found, list) or not found:
-        raise DataFault(
-            f"{path}: it holds {type(found).__name__}, expected a list of entries with {', '.join(columns)}"
-        )
+        held = "an empty list" if found == [] else f"a {type(found).__name__}"
+        raise DataFault(f"{path}: it holds {held}, expected a list of entries with {', '.join(columns)}")
     for number, entry in enumerate(found, start=1):
         values = {name: entry.get(name) for name in columns} if isinstance(entry, dict) else {}
         if values and all(isinstance(value, str | int) and not isinstance(value, bool) for value in values.values()):
-            yield number, {name: str(value) for name, value in values.items()}
+            texts = {name: str(value) for name, value in values.items()}
+            if any("\ud800" <= letter <= "\udfff" for text in texts.values() for letter in text):
+                faults.add("encoding", path, number, "it has half a letter of two, which is no UTF-8")
+            else:
+                yield number, texts
         else:
             faults.add("line", path, number, f"it has not each of {', '.join(columns)} as text or an integer")
 
