@@ -148,7 +148,7 @@ def _figure(options: argparse.Namespace) -> int:
     if options.name not in ("3", "5b") and config.protocol == "paper":
         raise ValueError(f"protocol is 'paper', expected 'validation': figure {options.name} looks at no test split")
     if options.name in ("1", "4", "5a", "5b"):
-        for each in (config, *(configs or {}).values()):
+        for each in [config] if configs is None else configs.values():
             _check_both(each, f"figure {options.name} is about IGM")
     given = [name for name in ("rates", "tuning_seeds", "seeds") if getattr(options, name) is not None]
     if options.name == "5c" and given:

@@ -82,7 +82,7 @@ def rows(
     """
     count = fields if isinstance(fields, int) else len(fields)
     wanted = f"{count} fields" if isinstance(fields, int) else f"{count} fields, {', '.join(fields)},"
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = _content(path).split(b"\n")
     if not any(line.strip() for line in lines):
         raise DataFault(f"{path}, line 1: the list is empty, expected {wanted} separated by {_called(delimiter)}")
     if count > 1 and not any(delimiter.encode() in line for line in lines):
@@ -142,7 +142,7 @@ def header(path: Path, delimiter: str, *, quoted: bool = True) -> list[str]:
     DataFault
         If it is no line of a CSV file.
     """
-    first = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].decode(errors="replace").rstrip("\r")
+    first = _content(path).split(b"\n", 1)[0].decode(errors="replace").rstrip("\r")
     try:
         return next(csv.reader([first], delimiter=delimiter), [""]) if quoted else first.split(delimiter)
     except csv.Error as error:
@@ -151,7 +151,7 @@ def header(path: Path, delimiter: str, *, quoted: bool = True) -> list[str]:
 
 def lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
     """Yield the lines of a list that hold something, with their numbers, from 1; raises as :func:`rows`."""
-    read = _Lines(path, path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), faults)
+    read = _Lines(path, _content(path).splitlines(), faults)
     for text in read:
         if text.strip() and not read.was_bad(read.line):
             yield read.line, text
@@ -178,7 +178,7 @@ def entries(path: Path, columns: Sequence[str], faults: Faults) -> Iterator[tupl
         Whatever is done about single entries: if the file is no JSON in UTF-8, or no list.
     """
     try:
-        found = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode())
+        found = json.loads(_content(path).decode())
     except UnicodeDecodeError as error:
         raise DataFault(f"{path}: byte {error.start + 1} is no UTF-8; save the list as UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -196,6 +196,11 @@ def entries(path: Path, columns: Sequence[str], faults: Faults) -> Iterator[tupl
                 yield number, texts
         else:
             faults.add("line", path, number, f"it has not each of {', '.join(columns)} as text or an integer")
+
+
+def _content(path: Path) -> bytes:
+    """Return what a file holds, without a byte order mark."""
+    return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
 
 
 class _Lines:
