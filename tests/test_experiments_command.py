@@ -11,6 +11,7 @@ from pathlib import Path
 
 import filed_sets
 import pytest
+import trees_b
 
 import igm_rs
 from igm_rs.experiments import command, configuration, data, plans, registering, running
@@ -339,6 +340,13 @@ def test_interrupts_are_said(monkeypatch, tmp_path, capsys):
         assert call("train", "--method", "igm", *WORDS, "--out", tmp_path) == 130
         assert capsys.readouterr().err == words
 
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("igm_rs.experiments.on_disk.check"), "check", stopped)
+    assert call("data", "check", "crema-d", tmp_path) == 130
+    assert capsys.readouterr().err == "interrupted\n"  # a check keeps nothing
+
     def lost(*_, **__):
         raise running.ProcessLostError("a process ended")
 
@@ -472,6 +480,20 @@ def test_a_package_that_decodes_is_named_with_its_extra(package, tmp_path):
     assert told.returncode == 1
     expected = f"error: the paper's data sets and networks need {package}: pip install 'igm-rs[paper]'\n"
     assert told.stderr == expected
+
+
+@pytest.mark.parametrize("loaders", ["0", "1"])
+@pytest.mark.parametrize("package", ["av", "cv2"])
+def test_a_package_that_decodes_videos_is_named_wherever_they_are_decoded(package, loaders, tmp_path):
+    trees_b.nvgesture(tmp_path, classes=25, later=1)
+    words = ["data", "check", "nvgesture", str(tmp_path), "--network", "small", "--loaders", loaders]
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from igm_rs.experiments.command import main; sys.exit(main({words!r}))"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert told.returncode == 1
+    assert told.stderr == f"error: the paper's data sets and networks need {package}: pip install 'igm-rs[paper]'\n"
 
 
 def test_any_other_missing_package_is_no_matter_of_the_extra():

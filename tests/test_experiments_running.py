@@ -123,6 +123,15 @@ def test_the_test_split_is_opened_once_by_a_final_run_and_never_by_a_tuning_run(
         assert dataset.test_openings == openings
 
 
+def test_a_process_lost_while_a_run_is_measured_is_told(tmp_path, monkeypatch):
+    def lost(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(running, "evaluate", lost)
+    with pytest.raises(ChildProcessError, match=r"with --resume a training goes on from its last saving$"):
+        running.run_job(job(), data.load("toy"), tmp_path, lambda _: None, lambda: False)
+
+
 def test_a_run_that_has_diverged_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"joint, sum, seed 100, learning rate 1e\+09 cannot be measured, most likely"):
         run([job("joint-sum", rate=1e9)], tmp_path)

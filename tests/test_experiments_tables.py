@@ -183,6 +183,26 @@ def test_fifth_table_compares_each_deviation_with_the_paper():
     assert {effect.theirs for effect in effects} == {"igm"}
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "there it is constant, as it falls after 40 passes and a turn has 2"),
+        ({"steps": 5}, "there it is constant, as it falls after 40 passes and a turn has 1"),
+        ({"rate_passes": 2}, "there it falls to a tenth after every 2 passes of a turn"),
+        ({"rate_passes": 3}, "there it is constant, as it falls after 3 passes and a turn has 2"),
+        ({"turn_steps": 21, "rate_passes": 3}, "there it falls to a tenth after every 3 passes of a turn"),
+        ({"batch_size": 500, "turn_steps": 3}, "there it is constant, as it falls after 40 passes and a turn has 3"),
+    ],
+)
+def test_fifth_table_says_whether_a_step_lr_falls(changed, said):
+    """As the rate of the training itself does, which is asked beside it."""
+    values = {"steps": 400, "turn_steps": 11, "batch_size": 30, "rate_passes": 40} | changed
+    assert tables._step_lr({"config": values, "split": {"train": 305}}) == said
+    config = Config(data="toy", released=["step-lr"], **values)
+    last = (min(values["turn_steps"], values["steps"]) - 1) // max(1, 305 // values["batch_size"])
+    assert (plans.METHODS["released"].rate_factor(config, last) < 1) == ("falls to a tenth" in said)
+
+
 def test_tables_share_rows():
     first = {line.row for line in plans.plan(1, ["a", "b"])}
     assert {line.row for line in plans.plan(2, ["a", "b"])} <= first

@@ -185,6 +185,32 @@ def test_of_a_scope_linear_layers_alone_are_projected():
     assert found["linear"][1] < found["all"][1]
 
 
+def test_a_modality_without_a_linear_layer_is_refused():
+    def made(**options):
+        model = nn.ModuleDict({name: nn.Conv1d(3, 4, 1) for name in TWO})
+        members = {name: [model[name]] for name in TWO}
+        return IGMOptimizer(SGD(model.parameters()), members, model=model, **options)
+
+    said = (
+        r"^'audio' has audio to be projected and no Linear layer among them, expected one: the released scripts "
+        r"project no other, mode=Released\(layers='all'\) does$"
+    )
+    for layers in ({"heads": {name: name for name in TWO}}, {"scope": 0.1}):
+        with pytest.raises(ValueError, match=said):
+            made(mode="released", **layers)
+        assert made(mode=Released(layers="all"), **layers).pairs["video"]["audio"] == [("video", "audio")]
+
+
+def test_a_later_modality_without_a_linear_layer_is_refused():
+    model = net(THREE)
+    opt = model.optimizer(SGD, mode="released")
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=r"^'sound' has .* to be projected and no Linear layer among them"):
+        opt.add_modality("sound", nn.Linear(3, 3), head=nn.Conv1d(3, 4, 1))
+    assert opt.modalities == THREE
+    assert not differences(before, opt.state_dict())
+
+
 def test_a_base_that_is_not_fused():
     rmsprop = functools.partial(torch.optim.RMSprop, lr=1e-3, momentum=0.5)
     assert max(Trial(STAGES["two"], rmsprop).run()) <= 1e-12

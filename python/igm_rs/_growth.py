@@ -34,14 +34,27 @@ def structure_of(
 def layers_of(
     modalities: Modalities, structure: Structure, names: tuple[str, ...], known: tuple[Layer, ...] = ()
 ) -> dict[str, list[Layer]]:
-    """Return the projected layers of the modalities `names`."""
+    """Return the projected layers of the modalities `names`.
+
+    Raises
+    ------
+    ValueError
+        As :func:`head_layers` and :func:`scope_layers`; a modality without a linear layer where those alone count.
+    """
     if structure.scope is not None:
         found = scope_layers(modalities, structure.scope, structure.model, names=names, known=known)
     else:
         found = head_layers(modalities, structure.heads, structure.head, structure.model, names=names, known=known)
-    if structure.linear:
-        return {name: [layer for layer in mine if layer.is_linear] for name, mine in found.items()}
-    return found
+    if not structure.linear:
+        return found
+    linear = {name: [layer for layer in mine if layer.is_linear] for name, mine in found.items()}
+    for name, mine in found.items():
+        if mine and not linear[name]:
+            raise ValueError(
+                f"{name!r} has {', '.join(layer.name for layer in mine)} to be projected and no Linear layer among "
+                "them, expected one: the released scripts project no other, mode=Released(layers='all') does"
+            )
+    return linear
 
 
 def sources_of(names: tuple[str, ...], structure: Structure) -> dict[str, list[str]]:

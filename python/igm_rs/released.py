@@ -47,8 +47,8 @@ class Released:
         Where the features of Ȳ come from: :meth:`igm_rs.IGMOptimizer.collect` alone, a pass in evaluation mode over the
         training data between two turns; or the steps of the turn, whose end makes T.
     layers : {"linear", "all"}
-        Which layers of `heads`, `head` or `scope` are projected: Linear layers alone, or convolutions and attention,
-        too.
+        Which layers of `heads`, `head` or `scope` are projected: Linear layers alone, of which each modality
+        must then have one; or convolutions and attention, too.
     pairing : {"position", "name", "shape"} or mapping
         Of the optimizer, of the same name: by equal shape of the weights, several T's for one layer.
     reset : subset of {"momentum", "lr"}

@@ -47,14 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        saved = type(interrupt).__name__ == "InterruptedRuns"
-        print(
-            "interrupted: runs under way were saved; the same command with --resume goes on"
-            if saved
-            else "interrupted: finished runs are kept",
-            file=sys.stderr,
-        )
+        print(f"interrupted{_kept(options.command, interrupt)}", file=sys.stderr)
         return 130
+
+
+def _kept(command: str, interrupt: KeyboardInterrupt) -> str:
+    """Return what an interrupted command has kept, where it makes runs."""
+    if command not in ("train", "table", "figure"):
+        return ""
+    if type(interrupt).__name__ == "InterruptedRuns":
+        return ": runs under way were saved; the same command with --resume goes on"
+    return ": finished runs are kept"
 
 
 def _process_lost() -> type[BaseException]:

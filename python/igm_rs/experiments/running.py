@@ -34,7 +34,7 @@ from .columns import Reading
 from .configuration import Config, cores, count
 from .data import DataSet, known_set, load
 from .evaluation import JOINT, evaluate, of_fusion
-from .feeding import Means
+from .feeding import Means, lost_process_told
 from .methods import Row
 from .registering import register_files
 from .store import (
@@ -345,7 +345,8 @@ def _record(
     temperatures: dict[str, float] = {}
     if job.final:
         try:
-            found = evaluate(trained.model, data, trained.weights, training.means)
+            with lost_process_told():
+                found = evaluate(trained.model, data, trained.weights, training.means)
         except ValueError as error:
             raise ValueError(
                 f"{job.row.label}, seed {job.seed}, learning rate {job.learning_rate:g} cannot be measured, most "

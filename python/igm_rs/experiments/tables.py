@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -512,10 +513,21 @@ def _fifth(results: Results) -> list[Grid]:
     grid = _measured(results, "Chosen round, test", ["deviation"], "chosen", shown, results["modalities"])
     grid.note = (
         f"{RANKS}. Each row is IGM with what it names done as the released scripts do it, `igm_rs.Released`; all at "
-        "the learning rate of IGM. It falls as in every table, but where StepLR is begun anew: in turns as short as "
-        "these that never comes to fall."
+        f"the learning rate of IGM. It falls as in every table, but where StepLR is begun anew: {_step_lr(results)}. "
+        "What is given as ids, such as words, is not mixed."
     )
     return [grid]
+
+
+def _step_lr(results: Results) -> str:
+    """Return what a StepLR that is begun anew in each turn does there, stepped before each pass as the scripts do."""
+    config = results["config"]
+    batches = max(1, results["split"]["train"] // config["batch_size"])
+    passes = math.ceil(min(config["turn_steps"], config["steps"]) / batches)
+    after = config["rate_passes"]
+    if passes < after:
+        return f"there it is constant, as it falls after {after} passes and a turn has {passes}"
+    return f"there it falls to a tenth after every {after} passes of a turn"
 
 
 PARTS = {1: _first, 2: _second, 3: _third, 4: _fourth, 5: _fifth}

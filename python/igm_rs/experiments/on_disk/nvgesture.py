@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 
 from igm_rs.experiments.columns import Column, Reading
@@ -76,6 +77,8 @@ def survey(folder: Path, reading: Reading, faults: Faults) -> Survey:
 
 def columns(survey: Survey, part: str, folder: Path, reading: Reading) -> Mapping[str, Column]:
     """Return the clips of a split by modality; the flow is computed whenever a clip is decoded."""
+    for package in ("av", "cv2"):
+        import_module(package)  # told here if it is missing, not when a process of its own decodes
     home, form = Home("nvgesture", folder), SMALL if reading.small else FULL
     gestures = [example for example in survey.examples[part] if isinstance(example, Gesture)]
     return {
