@@ -134,14 +134,14 @@ def measured(key: str, side: str, setting: Setting) -> dict[str, float]:
     Memory is the most that weights, gradients, the optimizer's state and everything of a step hold at once, beyond
     what was held before they were made: resident on the CPU, as torch's allocator counts it on a GPU.
     """
-    held = _begin(setting)
+    held = begin_memory(setting.device)
     with _stepping(NETWORKS[key], side, setting) as (step, parameters):
         times = [_timed(step, setting)]
         if times[0] <= LONG * 1e3:
             times, begin = [], time.perf_counter()
             while len(times) < setting.fewest(FEWEST) or time.perf_counter() - begin < setting.seconds:
                 times.append(_timed(step, setting))
-    return summary(times) | {"bytes": max(0, _peak(setting) - held), "parameters": parameters}
+    return summary(times) | {"bytes": max(0, peak_memory(setting.device) - held), "parameters": parameters}
 
 
 def apart(key: str, side: str, setting: Setting) -> dict[str, float]:
@@ -202,17 +202,6 @@ def _stepping(network: Network, side: str, setting: Setting) -> Iterator[tuple[C
             before(torch.randn(network.batch, width, device=setting.device))
     with opt.turn("active"):
         yield partial(opt.step, closure), count
-
-
-def _begin(setting: Setting) -> int:
-    if setting.cuda:
-        torch.cuda.reset_peak_memory_stats(setting.device)
-        return torch.cuda.memory_allocated(setting.device)
-    return begin_memory()
-
-
-def _peak(setting: Setting) -> int:
-    return torch.cuda.max_memory_allocated(setting.device) if setting.cuda else peak_memory()
 
 
 def _timed(step: Callable[[], Any], setting: Setting) -> float:

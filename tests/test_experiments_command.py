@@ -269,6 +269,17 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
             ["table", "4", "--data", "toy", "--scope", "0.3"],
             "scope is 0.3, expected none: table 4 has its own for every",
         ),
+        *(
+            (
+                ["table", "5", "--data", "toy", *words],
+                f"{name} is given, expected none: not every row of table 5 goes by",
+            )
+            for name, words in (
+                ("scope", ["--scope", "0.3"]),
+                ("sources", ["--sources", "a=b,b=a"]),
+                ("rho_head", ["--rho-head", "0.01"]),
+            )
+        ),
         (
             ["table", "1", "--data", "toy", "--base", "adam", "--momentum", "0.5"],
             "momentum is 0.5 with base adam, expected",

@@ -19,7 +19,7 @@ from igm_rs.experiments.feeding import Means, feed
 from igm_rs.experiments.methods import METHODS, Row
 from igm_rs.experiments.networks import AT_ONCE, Branches, Frozen, frozen
 from igm_rs.experiments.training import Stopped, Training
-from igm_rs.released import mixup, mixup_loss
+from igm_rs.released import Released, mixup, mixup_loss
 
 NAMES = ("a", "b")
 TINY = Config(data="filed", steps=12, turn_steps=4, batch_size=8, seeds=1, tuning_seeds=(1,))
@@ -194,6 +194,22 @@ def test_a_process_lost_in_the_middle_of_a_step_is_told_too(filed, monkeypatch):
     monkeypatch.setattr(training, "step_on", lost)
     with pytest.raises(ChildProcessError, match=r"\(DataLoader worker \(pid 1\) is killed by signal: Killed\), most"):
         training.run()
+
+
+def test_cudnn_computes_alike_and_is_otherwise_as_it_was(filed, monkeypatch):
+    cudnn, names = torch.backends.cudnn, ("enabled", "allow_tf32", "deterministic", "benchmark")
+    for name, value in zip(names, (True, False, False, True), strict=True):
+        monkeypatch.setattr(cudnn, name, value)
+    seen = []
+
+    class Noted(Training):
+        def step_on(self, active, chosen, inputs):
+            seen.append(tuple(getattr(cudnn, name) for name in names))
+            return super().step_on(active, chosen, inputs)
+
+    Noted(filed.without_test(), Row("igm", NAMES), TINY, 0.05, 7).run()
+    assert set(seen) == {(True, False, True, False)}
+    assert tuple(getattr(cudnn, name) for name in names) == (True, False, False, True)
 
 
 def test_other_errors_of_torch_are_its_own():
@@ -429,10 +445,33 @@ def test_each_deviation_makes_a_difference(filed, deviation):
     assert any(not torch.equal(other[name], value) for name, value in igm.items())
 
 
-def test_every_t_of_equal_shape_is_asked_of_the_optimizer(filed):
-    config = dataclasses.replace(TINY, released=("shape",))
+PAPER = Released(
+    norm="all", restore=True, second_pass="whole", flat_ratio=1.0, gather="turn", layers="all", pairing="position",
+    reset=(),
+)  # fmt: skip
+ASKED = {
+    "tensor-norm": {"norm": "tensor"},
+    "kept": {"restore": False},
+    "stale-head": {"second_pass": "head"},
+    "mixed-loss": {"flat_ratio": 0.3},
+    "pass": {"gather": "pass"},
+    "shape": {"layers": "linear", "pairing": "shape"},
+    "best": {},
+    "rebuild": {"reset": ("momentum",)},
+    "step-lr": {},
+    "macro-f1": {},
+}
+"""What each deviation asks of the optimizer."""
+
+
+@pytest.mark.parametrize("deviations", [(), *((name,) for name in DEVIATIONS), tuple(DEVIATIONS)], ids=str)
+def test_what_is_asked_of_the_optimizer(filed, deviations):
+    config = dataclasses.replace(TINY, released=deviations)
     optimizer = Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7).optimizer
-    assert optimizer.mode.pairing == "shape"
+    expected = PAPER
+    for name in deviations:
+        expected = dataclasses.replace(expected, **ASKED[name])
+    assert optimizer.mode == expected
 
 
 def test_macro_f1_of_the_mean_fusion_chooses(filed, monkeypatch):
@@ -515,14 +554,41 @@ def test_a_turn_begins_at_the_best_weights(filed, monkeypatch):
         assert any(not torch.equal(arrived[name], first[name]) for name in first)
 
 
-def test_the_pass_makes_the_t_of_the_modality_before(filed):
-    config = dataclasses.replace(TINY, released=("pass",))
+def test_the_pass_makes_the_t_of_the_modality_before(filed, monkeypatch):
+    """Of Σ z̄ z̄ᵀ over the batches of one pass by the best weights, in evaluation mode; the first are the best here."""
+    values = iter(range(100, 0, -1))
+    monkeypatch.setattr("igm_rs.experiments.training.of_fusion", lambda *_: next(values))
+    config = dataclasses.replace(TINY, released=("best", "pass"))
     training = Training(filed.without_test(), Row("released", NAMES), config, 0.05, 7)
+    begin, checked = training._begin_turn, []
+
+    def watched(turn):
+        before = training.turn_before
+        begin(turn)
+        assert training.model.training
+        if before is None:
+            return
+        assert before != turn.modality
+        twin = copy.deepcopy(training.model).eval()
+        twin.load_state_dict(training.best)
+        rows = []
+        layers = [layer for layer in twin.head_of(before) if isinstance(layer, nn.Linear)]
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda _, given: rows.append(given[0].detach().double().mean(0)))
+        batches = list(training.one_pass(before))
+        assert len(batches) == len(filed.train) // config.batch_size > 1
+        for batch in batches:
+            twin.branch(before, batch)
+        gathered = training.optimizer.covariances[before].values()
+        for at, found in enumerate(gathered):
+            mine = torch.stack(rows[at :: len(layers)])
+            torch.testing.assert_close(found.double(), mine.T @ mine, rtol=1e-5, atol=1e-6)  # sums of float32 rows
+        assert len(gathered) == len(layers) > 2
+        checked.append(before)
+
+    training._begin_turn = watched
     training.run()
-    made = training.optimizer.projectors
-    assert len(made["a"]) == 3  # each layer of the head
-    assert "b" in made
-    assert training.model.training
+    assert checked == ["a", "b"] * (len(checked) // 2) + ["a"]
 
 
 # What is said

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from igm_rs.experiments import data, running, store
+from igm_rs.experiments import data, running, store, training
 from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.evaluation import FUSIONS, MEASURES
 from igm_rs.experiments.methods import Row
@@ -297,6 +297,45 @@ def test_an_unfinished_run_is_saved_now_and_then(tmp_path, monkeypatch):
 
     running.run_job(job(), data.load("toy"), path, tell, lambda: False)
     assert seen == [False, True, True, True]
+
+
+@pytest.mark.parametrize("key", ["igm", "joint-sum"])
+def test_a_run_that_dies_after_the_last_step_of_a_turn_is_resumed(key, tmp_path, monkeypatch):
+    """It is saved after every step but that one, behind which validation is looked at."""
+    config = replace(TINY, steps=12, turn_steps=4)
+    whole = running.run_job(
+        job(key, config=config), data.load("toy"), tmp_path / "whole", lambda _: None, lambda: False
+    )
+    looked, watched = iter(range(100)), training.watched
+    path = tmp_path / "run"
+
+    def dies(*words):
+        if next(looked) == 1:
+            raise MemoryError
+        return watched(*words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "SAVE_EVERY", -1.0)
+        patched.setattr(running, "SAVE_SHARE", 0.0)
+        patched.setattr(training, "TELL_EVERY", -1.0)
+        patched.setattr(training, "watched", dies)
+        with pytest.raises(MemoryError):
+            running.run_job(job(key, config=config), data.load("toy"), path, lambda _: None, lambda: False)
+    assert (path / "checkpoint.pt").is_file()
+    resumed = running.run_job(
+        job(key, config=config), data.load("toy"), path, lambda _: None, lambda: False, resume=True
+    )
+    assert numbers(resumed) == numbers(whole)
+
+
+@pytest.mark.cuda
+def test_memory_on_a_gpu_is_that_of_its_tensors():
+    held = running.begin_memory("cuda")
+    values = torch.zeros(2**20, device="cuda")
+    assert running.peak_memory("cuda") - held >= 4 * values.numel()
+    del values
+    assert running.begin_memory("cuda") == held
+    assert running.peak_memory("cuda") == held
 
 
 def test_interrupts_are_left_alone_outside_the_main_thread(tmp_path, capsys):

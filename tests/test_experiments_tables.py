@@ -32,6 +32,7 @@ def record(key, seed, value, modalities=NAMES, joined=False, **others):
     return {
         "row": key,
         "seed": seed,
+        "device": "cpu",
         "learning_rate": 0.03,
         "curve": [{"round": 1, "accuracy": {"mean": 0.5}}] * 100,
         "chosen": {"round": 2 + seed % 2, "scores": scores(names, value)},
@@ -375,6 +376,29 @@ def test_cost_tells_settings_time_memory_and_what_the_optimizer_told(first):
         {"learning_rate": 0.01, "validation_accuracy": 0.7},
         {"learning_rate": 0.03, "validation_accuracy": 0.8},
     ]
+
+
+@pytest.mark.parametrize(
+    ("devices", "columns", "said"),
+    [
+        (("cpu", "cpu"), [], "the peak of memory above what the process held before the run. "),
+        (("cuda", "cuda"), ["cuda", "cuda"], "of memory (with a GPU, of its own memory) above what the process held "),
+        (("cpu", "cuda"), ["cpu", "cuda"], "before the run; of rows on different devices neither compares. "),
+    ],
+)  # fmt: skip
+def test_cost_tells_devices_where_one_is_a_gpu(devices, columns, said):
+    records = [
+        record(key, seed, 0.5, device=device) for key, device in zip("ab", devices, strict=True) for seed in (0, 1)
+    ]
+    made = tables.table(1, [line("a"), line("b")], records, about=ABOUT, tried={})
+    grid = made.grids[-1]
+    assert said in grid.note
+    assert grid.groups[0][1][: bool(columns)] == ["device"] * bool(columns)
+    assert [cells[0].text for cells in rows_of(grid).values() if columns] == columns
+    for row in made.results["rows"]:
+        for run in row["runs"]:
+            del run["device"]  # as tables of earlier versions are stored, all of them made on the CPU
+    assert "device" not in made.grids[-1].groups[0][1]
 
 
 def test_second_table_has_sam_and_modification():

@@ -30,6 +30,7 @@ from torch import nn
 from igm_rs import IGMOptimizer, Released, _igm_rs
 
 RHO_HEAD = 0.08
+GATHERING = Released(gather="turn")
 
 
 class Trial:
@@ -414,7 +415,7 @@ def test_without_a_rho_of_its_own_the_head_has_that_of_the_modality():
         torch.optim.SGD(everything, lr=0.0),
         {name: model.encoder for name, model in models.items()},
         heads={name: model.head for name, model in models.items()},
-        rho={"one": 0.1, "two": 0.3}, mode="released",
+        rho={"one": 0.1, "two": 0.3}, tau=0.0, mode="released",
     )  # fmt: skip
     for name, rho in opt.rho.items():
         with opt.turn(name):
@@ -581,6 +582,37 @@ def test_a_turn_makes_no_t_and_a_pass_between_turns_does():
     assert trial.opt.projectors["audio"].keys() == {"audio.0", "audio.2", "audio.4"}
 
 
+def test_a_turn_that_no_pass_has_made_a_t_for_is_warned_about_once():
+    trial = Trial(STAGES["two"])
+    step = trial.opt.step
+    with trial.opt.turn("audio"):  # the first of all: no other modality has been trained
+        step(closure_for(trial.model, "audio", trial.data["audio"][0]))
+    said = (
+        r"^the turn of 'video' begins and 'audio' has no T to act on it: the mode's gather is 'pass', expected a pass "
+        r"over the training data between the two turns, with opt.collect\('audio'\), torch.no_grad\(\): and the "
+        r"model in eval\(\); or gather='turn'$"
+    )
+    with trial.opt.turn("video"):
+        with pytest.warns(UserWarning, match=said):
+            step(closure_for(trial.model, "video", trial.data["video"][0]))
+        step(closure_for(trial.model, "video", trial.data["video"][1]))
+    with trial.opt.turn("audio"):
+        step(closure_for(trial.model, "audio", trial.data["audio"][1]))  # once is enough
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tau": 0.0}, {"projector": "identity"}, {"mode": GATHERING}, {"sources": {"audio": [], "video": []}}],
+    ids=str,
+)
+def test_where_nothing_would_be_projected_no_pass_is_missed(options):
+    model = net()
+    opt = model.optimizer(**{"mode": "released"} | options)
+    for name in TWO:
+        with opt.turn(name):
+            opt.step(closure_for(model, name, batches(TWO, 1)[name][0]))
+
+
 def test_a_pass_inside_the_turn_makes_t_at_its_end():
     trial = Trial(STAGES["two"])
     with trial.opt.turn("audio"):
@@ -593,6 +625,7 @@ def test_a_pass_inside_the_turn_makes_t_at_its_end():
         torch.testing.assert_close(inside[layer], T, rtol=0, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:the turn of 'video' begins and 'audio' has no T")
 def test_outside_turns_the_modality_is_the_one_whose_parameters_the_loss_depends_on():
     models = [net(), net()]
     opts = [model.optimizer() for model in models]

@@ -79,6 +79,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("base", ["sgd", "adam", RMSPROP], ids=["SGD", "Adam", "RMSprop"])
 @pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.filterwarnings("ignore:the turn of '.*' begins and '.*' has no T")
 def test_every_kernel(setting, base):
     names = fail_at_every_call(case_of(base, **SETTINGS[setting]))
     assert "at_shifted" in names
@@ -152,9 +153,11 @@ def test_a_base_that_fails_after_some_parameters(kind, share, project, restore):
     survive(case, Partly(share), leave=share == 0.5)
 
 
-def test_without_atomic_the_weights_are_those_before_a_base_that_fails():
+@pytest.mark.parametrize("restore", [False, True])
+def test_without_atomic_the_weights_are_those_before_a_base_that_fails(restore):
     kind = failing(torch.optim.SGD, raise_fault)
-    scene = case_of(lambda p: kind(p, lr=0.05, momentum=0.9), atomic=False).fresh()
+    mode = Released(gather="turn", restore=restore)
+    scene = case_of(lambda p: kind(p, lr=0.05, momentum=0.9), mode=mode, atomic=False).fresh()
     before, fault = scene.state(), Partly(0.5)
     fault.scene = scene
     with scene.turn():

@@ -47,9 +47,24 @@ class Course:
             core.projection.begin(active)
             counters.started[active] = True
             counters.since[active] = 0
+            self._miss_passes(active)
             self._start_anew(active, implicit=implicit)
         if not implicit or core.refresh == "turn":
             counters.open, counters.explicit = active, not implicit
+
+    def _miss_passes(self, active: str) -> None:
+        """Warn where a pass of its own should have given another modality's T, and there was none."""
+        core = self._core
+        if core.gathers or not core.projects(active):
+            return
+        for source in core.projection.sources[active]:
+            if core.counters.taken[source] and not core.projection.made[source]:
+                core.warn_once(
+                    "pass",
+                    f"the turn of {active!r} begins and {source!r} has no T to act on it: the mode's gather is 'pass', "
+                    "expected a pass over the training data between the two turns, with "
+                    f"opt.collect({source!r}), torch.no_grad(): and the model in eval(); or gather='turn'",
+                )
 
     def leave(self) -> None:
         """End the turn that steps outside any turn have formed; drop one that an exception has left."""

@@ -342,7 +342,8 @@ class Stepper:
         else:
             fused = None
             changed = list(dict.fromkeys([*params, *moved])) if moved else params
-            before = core.buffers(changed) if core.atomic or core.project_update or kept or moved else []
+            copied = core.atomic or core.project_update or kept or moved or core.released is not None
+            before = core.buffers(changed) if copied else []
             if before and not kept:
                 _igm_rs.restore_(before, changed)
             way_back = Rollback(core, active, changed if before else [], before, deep=core.atomic)

@@ -159,13 +159,14 @@ class IGMOptimizer(torch.optim.Optimizer):
 
     Notes
     -----
-    With ``rho=0`` and no projection a step is the base optimizer's own, to the bit. Otherwise a step whose gradient is
-    zero or not finite, in either pass, leaves everything as it was and is counted in ``last_stats["skipped_steps"]``.
+    With ``rho=0`` and no projection a step of the mode "paper" is the base optimizer's own, to the bit. Otherwise a
+    step whose gradient is zero or not finite, in either pass, leaves everything as it was and is counted in
+    ``last_stats["skipped_steps"]``.
 
-    On CUDA a step waits for nothing, but where it makes the base's state, ends a turn, makes T, or finds gradients of
-    several modalities outside any turn; ``first_step`` and ``second_step`` wait for the norm. An unusable gradient is
-    undone on the device, and counted when that is asked for or a turn ends: until then `sam_every` counts such a step,
-    and where Adam counts its steps on the host, that count goes on.
+    On CUDA a step of that mode waits for nothing, but where it makes the base's state, ends a turn, makes T, or finds
+    gradients of several modalities outside any turn; ``first_step`` and ``second_step`` wait for the norm. An unusable
+    gradient is undone on the device, and counted when that is asked for or a turn ends: until then `sam_every` counts
+    such a step, and where Adam counts its steps on the host, that count goes on.
 
     A step is taken wholly or not at all: whatever is raised in it, a KeyboardInterrupt too, weights, the base's state,
     covariances, projectors and counters are as before it, or as after it.
@@ -502,6 +503,7 @@ class IGMOptimizer(torch.optim.Optimizer):
     def turn(self, modality: str) -> Iterator[IGMOptimizer]:
         """Train `modality` inside the ``with`` block; at its end T of `modality` is made from the turn's features.
 
+        Where the mode's `gather` is "pass", as in ``mode="released"``, T is made by :meth:`collect` alone.
         A block without a step changes nothing. Features forwarded since the last step count with the first step in it.
         A turn that an exception leaves, or that a state dict was saved in, is taken up again when the same modality's
         turn is entered next; another modality's turn discards it.

@@ -69,7 +69,7 @@ class Released:
     BatchNorm layers record their statistics in the first pass alone.
 
     ``Released(norm="all", restore=True, second_pass="whole", flat_ratio=1.0, gather="turn", layers="all",
-    pairing="position", reset=())`` is the paper's step.
+    pairing="position", reset=())`` is the paper's step, where ρ > 0.
 
     Not part of a step are the scripts' mixup (:func:`mixup`), their schedule (a new StepLR for each turn, stepped
     before each epoch; turns of unlike lengths) and their choice of the best checkpoint on the test set.
@@ -97,6 +97,10 @@ class Released:
     ...     loss = opt.step(closure)
     >>> opt.last_stats["second_pass"]
     'head'
+    >>> with opt.collect("audio"), torch.no_grad():  # the features of its T: a pass after the turn, in eval()
+    ...     logits = head(encoder(x))
+    >>> list(opt.projectors["audio"])
+    ['audio']
     """
 
     norm: str = "tensor"

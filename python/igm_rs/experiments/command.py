@@ -356,6 +356,9 @@ def _check_own_subject(number: int, config: Config) -> None:
         _check_both(config, "table 5 is about IGM")
         if config.released != DEVIATIONS:
             raise ValueError("released is given, expected none: table 5 has its own for every row")
+        for name in ("scope", "sources", "rho_head"):  # IGM goes by the first two, the deviations by the last
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name} is given, expected none: not every row of table 5 goes by it")
     if number == 4 and config.scope is not None:
         raise ValueError(f"scope is {config.scope:g}, expected none: table 4 has its own for every row")
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .columns import Column
 
-__all__ = ["Means", "at_once", "batch_stream", "feed", "in_order", "lost_process_told"]
+__all__ = ["Means", "alike", "at_once", "batch_stream", "feed", "in_order", "lost_process_told"]
 
 Place = tuple[int, int | None]
 """Which example, and the seed of its random numbers; None: without any."""
@@ -38,6 +38,18 @@ class Means:
 
     device: str = "cpu"
     loaders: int = 0
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Let cuDNN compute alike each time; ``torch.backends.cudnn.flags`` would change what it is not told, too."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def batch_stream(examples: int, batch_size: int, seed: int) -> Iterator[Tensor]:

@@ -34,7 +34,7 @@ from .columns import Reading
 from .configuration import Config, cores, count
 from .data import DataSet, known_set, load
 from .evaluation import JOINT, evaluate, of_fusion
-from .feeding import Means, lost_process_told
+from .feeding import Means, alike, lost_process_told
 from .methods import Row
 from .registering import register_files
 from .store import (
@@ -281,7 +281,8 @@ def run_job(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
-    held = begin_memory()
+    means = HERE if means is None else means
+    held = begin_memory(means.device)
     visible = data if job.final else data.without_test()
     training = Training(visible, job.row, job.config, job.learning_rate, job.seed, means)
     before: dict[str, Any] = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": 0.0}
@@ -317,7 +318,7 @@ def run_job(
             save()
             return None
     seconds = before["seconds"] + time.perf_counter() - began
-    peak = max(0, peak_memory() - held)
+    peak = max(0, peak_memory(means.device) - held)
     record = _record(job, visible, training, trained, before["started"], seconds, peak, made_by or provenance())
     write_whole(folder / "run.json", (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
     checkpoint.unlink(missing_ok=True)
@@ -345,7 +346,7 @@ def _record(
     temperatures: dict[str, float] = {}
     if job.final:
         try:
-            with lost_process_told():
+            with lost_process_told(), alike():
                 found = evaluate(trained.model, data, trained.weights, training.means)
         except ValueError as error:
             raise ValueError(
@@ -393,12 +394,16 @@ def _record(
     return plain
 
 
-def begin_memory() -> int:
-    """Give back what can be given back, and return the resident memory of this process in bytes, before a run.
+def begin_memory(device: str | torch.device = "cpu") -> int:
+    """Give back what can be given back, and return the memory in bytes that is held before a run.
 
-    From here on :func:`peak_memory` counts, where the system can be told so (Linux).
+    On the CPU the resident memory of this process; of a GPU what torch's tensors hold there. From here on
+    :func:`peak_memory` counts, where the system can be told so (Linux).
     """
     gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     with suppress(OSError, AttributeError):  # glibc's own
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
@@ -406,11 +411,14 @@ def begin_memory() -> int:
     return _memory("VmRSS")
 
 
-def peak_memory() -> int:
-    """Return the largest resident memory of this process in bytes, torch and data included.
+def peak_memory(device: str | torch.device = "cpu") -> int:
+    """Return the largest memory in bytes since :func:`begin_memory`.
 
-    On Linux since :func:`begin_memory`; elsewhere since the process began.
+    On the CPU the resident memory of this process, torch and data included, where the system is not Linux since the
+    process began; of a GPU what torch's tensors held there.
     """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return _memory("VmHWM")
 
 

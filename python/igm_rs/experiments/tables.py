@@ -89,6 +89,7 @@ def condensed(record: Record, names: Sequence[str]) -> dict[str, Any]:
     kept = ("seconds_per_step", "seconds", "peak_memory", "skipped", "cosine", "kept", "effective_perturbation")
     return {
         "seed": record["seed"],
+        "device": record["device"],
         "rounds": {weights: record[weights]["round"] for weights in WEIGHTS},
         "scores": {
             weights: {
@@ -379,10 +380,13 @@ def _forgetting(results: Results) -> Grid | None:
 
 def _cost(results: Results, words: list[str]) -> Grid:
     """Return the part with what each row was run with, what it cost, and what the optimizer told of itself."""
+    devices = [_devices(row) for row in results["rows"]]
+    shown = any(each != "cpu" for each in devices)
     body = []
-    for row in results["rows"]:
+    for row, device in zip(results["rows"], devices, strict=True):
         runs = row["runs"]
         cells = [
+            *[device] * shown,
             f"{row['learning_rate']:g}",
             f"{fmean(run['rounds']['chosen'] for run in runs):.1f} of {runs[0]['rounds']['last']}",
             _written(row, "seconds_per_step", "{:.2f}", 1000),
@@ -395,17 +399,27 @@ def _cost(results: Results, words: list[str]) -> Grid:
         ]
         body.append([*map(Cell, row["words"]), *map(Cell, cells)])
     groups = [
-        ("", ["lr", "round", "ms/step", "MiB", "skipped"]),
+        ("", [*["device"] * shown, "lr", "round", "ms/step", "MiB", "skipped"]),
         ("told by the optimizer", ["cosine", "norm kept", "modified", "ρ realised"]),
     ]
     note = (
         f"lr, round: the learning rate ({RATES[results['table']]}), and the round chosen (mean over seeds). ms/step, "
-        "MiB: median over the seeds of time, and of the peak of memory above what the process held before the run. "
+        f"MiB: median over the seeds of time, and of the peak of memory{GPU_MEMORY if shown else ''} above what the "
+        f"process held before the run{APART if len(set(', '.join(devices).split(', '))) > 1 else ''}. "
         "cosine, norm kept: of a projected layer's gradient before and after its T; 1 and 100 % mean that nothing "
         "happens. modified: share of the parameters whose gradient a T acts on. ρ realised: ‖perturbation that arrived "
         "in the weights‖/ρ."
     )
     return Grid("Settings and cost", words, groups, body, note)
+
+
+GPU_MEMORY = " (with a GPU, of its own memory)"
+APART = "; of rows on different devices neither compares"
+
+
+def _devices(row: Results) -> str:
+    """Return on what a row's runs were computed; tables stored before this was kept were made on the CPU."""
+    return ", ".join(sorted({run.get("device", "cpu") for run in row["runs"]}))
 
 
 def _written(row: Results, name: str, pattern: str, factor: float = 1) -> str:

@@ -21,7 +21,7 @@ from .columns import Column
 from .configuration import Config
 from .data import DataSet
 from .evaluation import Watched, of_fusion, watched
-from .feeding import Means, batch_stream, feed, lost_process_told
+from .feeding import Means, alike, batch_stream, feed, lost_process_told
 from .methods import Row
 from .networks import Branches
 
@@ -310,7 +310,7 @@ class Training:
         ChildProcessError
             If a process that decodes is gone.
         """
-        with self._own_random(), torch.backends.cudnn.flags(deterministic=True):
+        with self._own_random(), alike():
             torch.set_rng_state(self._random[0])
             for state in self._random[1:]:
                 torch.cuda.set_rng_state(state, self.means.device)
@@ -403,7 +403,7 @@ class Training:
                 self._losses.append(self._step(stretch.steps[at.step]))
                 at.done += len(stretch.steps[at.step])
                 at.step += 1
-                if time.perf_counter() - told > TELL_EVERY:
+                if at.step < len(stretch.steps) and time.perf_counter() - told > TELL_EVERY:
                     report(Progress(at.done - before, self._losses[-1], None))
                     before = at.done
                     self._seconds += time.perf_counter() - began
