@@ -6,6 +6,8 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -326,6 +328,13 @@ def test_a_run_that_dies_after_the_last_step_of_a_turn_is_resumed(key, tmp_path,
         job(key, config=config), data.load("toy"), path, lambda _: None, lambda: False, resume=True
     )
     assert numbers(resumed) == numbers(whole)
+
+
+@pytest.mark.cuda
+def test_memory_on_a_gpu_is_asked_for_before_anything_is_there():
+    program = "from igm_rs.experiments.running import begin_memory; print(begin_memory('cuda:0'))"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout == "0\n"
 
 
 @pytest.mark.cuda

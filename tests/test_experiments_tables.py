@@ -187,12 +187,15 @@ def test_fifth_table_compares_each_deviation_with_the_paper():
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({}, "there it is constant, as it falls after 40 passes and a turn has 2"),
-        ({"steps": 5}, "there it is constant, as it falls after 40 passes and a turn has 1"),
-        ({"rate_passes": 2}, "there it falls to a tenth after every 2 passes of a turn"),
-        ({"rate_passes": 3}, "there it is constant, as it falls after 3 passes and a turn has 2"),
-        ({"turn_steps": 21, "rate_passes": 3}, "there it falls to a tenth after every 3 passes of a turn"),
-        ({"batch_size": 500, "turn_steps": 3}, "there it is constant, as it falls after 40 passes and a turn has 3"),
+        ({}, "there it is constant, as it falls before pass 40 and a turn has 2"),
+        ({"steps": 5}, "there it is constant, as it falls before pass 40 and a turn has 1"),
+        ({"rate_passes": 2}, "there it falls to a tenth before pass 2 of a turn, and again every 2 passes"),
+        ({"rate_passes": 3}, "there it is constant, as it falls before pass 3 and a turn has 2"),
+        (
+            {"turn_steps": 21, "rate_passes": 3},
+            "there it falls to a tenth before pass 3 of a turn, and again every 3 passes",
+        ),
+        ({"batch_size": 500, "turn_steps": 3}, "there it is constant, as it falls before pass 40 and a turn has 3"),
     ],
 )
 def test_fifth_table_says_whether_a_step_lr_falls(changed, said):
@@ -662,6 +665,17 @@ def test_other_arithmetic_may_differ_by_what_seeds_do(first, other):
     assert {problem.split(",")[0] for problem in found.problems} == ROWS.keys() - {"igm", "joint-sum"}
     found = reproduction.compare(first.results, shifted(first, 0.033, **other))
     assert len(found.problems) == found.figures
+
+
+def test_a_gpu_is_other_arithmetic(first):
+    stored = shifted(first, 0.029)
+    del stored["rows"][0]["runs"][0]["device"]  # made on the CPU, before that was kept
+    assert reproduction.compare(first.results, stored).exact
+    for results in (json.loads(first.json()), stored):
+        results["rows"][1]["runs"][0]["device"] = "cuda"
+        assert not reproduction.same_arithmetic(results, first.results)
+        found = reproduction.compare(first.results, results)
+        assert (found.exact, found.problems) == (False, ())
 
 
 def test_single_runs_of_other_arithmetic_cannot_be_compared(first):

@@ -202,6 +202,13 @@ def test_a_modality_without_a_linear_layer_is_refused():
         assert made(mode=Released(layers="all"), **layers).pairs["video"]["audio"] == [("video", "audio")]
 
 
+def test_where_no_t_acts_a_linear_layer_is_not_asked_for():
+    model = nn.ModuleDict({name: nn.Conv1d(3, 4, 1) for name in TWO})
+    heads, sources = dict(model), {name: [] for name in TWO}
+    opt = IGMOptimizer(SGD(model.parameters()), heads, heads=heads, mode="released", sources=sources)
+    assert opt.sources == sources
+
+
 def test_a_later_modality_without_a_linear_layer_is_refused():
     model = net(THREE)
     opt = model.optimizer(SGD, mode="released")
@@ -611,6 +618,20 @@ def test_where_nothing_would_be_projected_no_pass_is_missed(options):
     for name in TWO:
         with opt.turn(name):
             opt.step(closure_for(model, name, batches(TWO, 1)[name][0]))
+
+
+def test_no_pass_is_missed_of_a_source_that_never_acts():
+    """Its τ is 0, so that a pass of it makes no T; that of the other has been made."""
+    model = net(THREE)
+    first, second, last = THREE
+    opt = model.optimizer(tau={first: 0.0, second: 0.4, last: 0.4}, sources="earlier")
+    for name in THREE:
+        with opt.turn(name):
+            opt.step(closure_for(model, name, batches(THREE, 1)[name][0]))
+        with opt.collect(name), torch.no_grad():
+            model.heads[name](model.encoders[name](batches(THREE, 1)[name][0]["x"]))
+    assert opt.projectors[first] == {}
+    assert opt.last_stats["projected"]
 
 
 def test_a_pass_inside_the_turn_makes_t_at_its_end():

@@ -57,8 +57,10 @@ class Course:
         core = self._core
         if core.gathers or not core.projects(active):
             return
-        for source in core.projection.sources[active]:
-            if core.counters.taken[source] and not core.projection.made[source]:
+        projection = core.projection
+        for source, pairs in zip(projection.sources[active], projection.pairs[active], strict=True):
+            acts = any(core.tau_of(theirs, source) > 0 for _, theirs in pairs)
+            if acts and core.counters.taken[source] and not projection.made[source]:
                 core.warn_once(
                     "pass",
                     f"the turn of {active!r} begins and {source!r} has no T to act on it: the mode's gather is 'pass', "

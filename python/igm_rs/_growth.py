@@ -48,8 +48,10 @@ def layers_of(
     if not structure.linear:
         return found
     linear = {name: [layer for layer in mine if layer.is_linear] for name, mine in found.items()}
+    acting = sources_of(modalities.names, structure)
+    projected = {name for active, listed in acting.items() if listed for name in (active, *listed)}
     for name, mine in found.items():
-        if mine and not linear[name]:
+        if mine and not linear[name] and name in projected:
             raise ValueError(
                 f"{name!r} has {', '.join(layer.name for layer in mine)} to be projected and no Linear layer among "
                 "them, expected one: the released scripts project no other, mode=Released(layers='all') does"

@@ -58,8 +58,9 @@ class Comparison:
         how = (
             f"made with the same arithmetic (torch, processor): every figure must agree to {EXACT:g}"
             if self.exact
-            else "made with another torch or processor, so that training goes another way after some hundred steps: "
-            f"means must agree within {100 * FLOOR:g} points, or {ERRORS:g} standard errors of their difference"
+            else "made with another torch or processor, or with a GPU, so that training goes another way after some "
+            f"hundred steps: means must agree within {100 * FLOOR:g} points, or {ERRORS:g} standard errors of their "
+            "difference"
         )
         found = "reproduced" if not self.problems else "NOT reproduced"
         first = f"{found}: {self.figures} figures compared, largest difference {self.largest:.6f}; {how}."
@@ -67,7 +68,13 @@ class Comparison:
 
 
 def same_arithmetic(one: Results, other: Results) -> bool:
-    """Whether two tables were made with the same torch on the same kind of processor, so that sums round alike."""
+    """Whether two tables were made with the same torch on the same kind of processor, so that sums round alike.
+
+    What a GPU has computed counts as made otherwise: it is not told which, and not all of its sums have one order.
+    """
+    devices = {run.get("device", "cpu") for each in (one, other) for row in each["rows"] for run in row["runs"]}
+    if devices != {"cpu"}:
+        return False
     names = ("torch", "processor", "instructions")
     versions = one["versions"], other["versions"]
     return all(name in versions[0] and versions[0][name] == versions[1].get(name) for name in names)

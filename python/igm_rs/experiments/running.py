@@ -402,6 +402,7 @@ def begin_memory(device: str | torch.device = "cpu") -> int:
     """
     gc.collect()
     if torch.device(device).type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # the next call takes it for done if the device has a number
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     with suppress(OSError, AttributeError):  # glibc's own

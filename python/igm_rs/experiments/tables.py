@@ -540,8 +540,8 @@ def _step_lr(results: Results) -> str:
     passes = math.ceil(min(config["turn_steps"], config["steps"]) / batches)
     after = config["rate_passes"]
     if passes < after:
-        return f"there it is constant, as it falls after {after} passes and a turn has {passes}"
-    return f"there it falls to a tenth after every {after} passes of a turn"
+        return f"there it is constant, as it falls before pass {after} and a turn has {passes}"
+    return f"there it falls to a tenth before pass {after} of a turn, and again every {after} passes"
 
 
 PARTS = {1: _first, 2: _second, 3: _third, 4: _fourth, 5: _fifth}
