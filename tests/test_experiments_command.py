@@ -307,6 +307,13 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
             ["figure", "3", "--data", "toy", "--trunk-tau", "1"],
             "--trunk-tau has no part in igm, expected one of igm",
         ),
+        *(
+            (
+                ["figure", name, "--data", "toy", "--resume", *words],
+                f"--resume has no part in figure {name}, expected none",
+            )
+            for name, words in (("5c", []), ("1", ["--learning-rate", "0.1"]), ("4", ["--learning-rate", "0.1"]))
+        ),
         (
             ["figure", "5c", "--data", "toy", "--seeds", "3"],
             "--seeds has no part in figure 5c, expected none: it",
@@ -353,6 +360,11 @@ def test_interrupts_are_said(monkeypatch, tmp_path, capsys):
 
     def stopped(*_, **__):
         raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("igm_rs.experiments.figures"), "figure", stopped)
+    assert call("figure", "4", *WORDS, "--out", tmp_path) == 130
+    told = "interrupted: of this figure the runs that choose a learning rate are kept, no others\n"
+    assert capsys.readouterr().err == told
 
     monkeypatch.setattr(importlib.import_module("igm_rs.experiments.on_disk.check"), "check", stopped)
     assert call("data", "check", "crema-d", tmp_path) == 130

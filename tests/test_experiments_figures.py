@@ -5,15 +5,21 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from igm_rs import analysis
 from igm_rs.experiments import figures, running
+from igm_rs.experiments.columns import Column
 from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.data import DataSet
+from igm_rs.experiments.feeding import Means, feed
 from igm_rs.experiments.page import FIGURES, PICTURE
 from igm_rs.experiments.running import ProcessLostError, Source
 from igm_rs.experiments.training import Training
@@ -167,6 +173,89 @@ def test_with_and_without_sam_are_compared_at_one_learning_rate(tmp_path):
     best = max(tuned, key=lambda each: sum(each["validation_accuracy"].values()))
     assert rates["IGM"] == best["learning_rate"]
     assert not list((tmp_path / "tuning").rglob("igm-no-sam.json"))
+
+
+def test_figure_5a_says_where_rho_does_not_arrive(tmp_path):
+    config = load_config("toy", {"steps": 4, "turn_steps": 2, "batch_size": 16, "learning_rate": 0.03, "rho": 1e-15})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ρ
+        caption = make("5a", tmp_path, seeds=1, config=config)["caption"]
+    assert (
+        "With and without SAM they are the same to the last digit: nothing of ρ has arrived at the weights." in caption
+    )
+
+
+class Clips(Column):
+    """Pictures with random numbers of their own where a training asks; counts what is decoded."""
+
+    shape = (40, 6)
+    decoded = 0
+
+    def __len__(self):
+        return 40
+
+    def example(self, place, seed):
+        Clips.decoded += 1
+        value = torch.arange(6.0) + place
+        return value if seed is None else value + torch.rand(6, generator=torch.Generator().manual_seed(seed))
+
+    def digest_lines(self):
+        return []
+
+
+@dataclass
+class Forty:
+    """A split."""
+
+    inputs: dict
+
+    def __len__(self):
+        return 40
+
+
+def test_figure_5c_takes_what_lies_in_files_as_training_does_and_decodes_it_before():
+    config = load_config("toy", {"steps": 4, "turn_steps": 4, "batch_size": 8})
+    inputs = {"a": Clips(), "b": torch.rand(40, 6)}
+    split = Forty(inputs)
+    training = SimpleNamespace(
+        config=config, means=Means(), seed=3, data=SimpleNamespace(train=split),
+        examples=lambda name, chosen: inputs[name][chosen],
+    )  # fmt: skip
+    Clips.decoded = 0
+    held = figures._held(training)
+    assert held.keys() == {"a"}
+    assert Clips.decoded == 2 * 8
+    of_a, of_b = (list(islice(figures._drawn(training, name, held), 4)) for name in "ab")
+    assert Clips.decoded == 2 * 8
+    wanted = list(islice(feed(inputs["a"], 8, 3, 0, Means()), 2)) * 2
+    assert all(torch.equal(batch, expected) for (_, batch), expected in zip(of_a, wanted, strict=True))
+    assert all(torch.equal(one, other) for (one, _), (other, _) in zip(of_a[:2], of_b[:2], strict=True))
+
+
+def test_a_surface_has_as_many_examples_as_are_kept_and_sees_them_in_portions(monkeypatch):
+    split = Forty({"a": Clips()})
+    shown = SimpleNamespace(train=split)
+    assert len(figures._shown_examples(shown)) == 40
+    monkeypatch.setattr(figures, "NUMBERS", 60)
+    assert figures._shown_examples(shown).tolist() == list(range(0, 40, 4))
+
+
+def test_the_loss_of_a_surface_is_that_of_all_portions_together(tmp_path, monkeypatch):
+    whole = make("4", tmp_path / "whole", seeds=1)["numbers"]["surfaces"]
+    monkeypatch.setattr(figures, "at_once", lambda inputs, most, numbers=None: None if numbers else 7)
+    parts = make("4", tmp_path / "parts", seeds=1)["numbers"]["surfaces"]
+    assert json.dumps(whole) != json.dumps(parts)  # another order of summation
+    one, other = (torch.tensor(list(plain_numbers(each)), dtype=torch.float64) for each in (whole, parts))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # float32 losses
+
+
+def plain_numbers(value):
+    """Every number in nested mappings and lists."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from plain_numbers(each)
+    elif isinstance(value, float | int):
+        yield float(value)
 
 
 def test_figure_5c_times_every_method(tmp_path):

@@ -1,6 +1,7 @@
 """The runs: records, the store, processes side by side, interrupts and what follows, tuning, logs."""
 
 import csv
+import importlib
 import json
 import math
 import multiprocessing
@@ -12,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from igm_rs.experiments import data, running, store, training
 from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.evaluation import FUSIONS, MEASURES
 from igm_rs.experiments.methods import Row
+from igm_rs.experiments.on_disk.faults import DataFault
 from igm_rs.experiments.running import InterruptedRuns, Job, Source, run_all, tune
 
 SOURCE = Source(register=(Path(__file__).with_name("toy_sets.py"),))
@@ -134,6 +137,15 @@ def test_a_process_lost_while_a_run_is_measured_is_told(tmp_path, monkeypatch):
         running.run_job(job(), data.load("toy"), tmp_path, lambda _: None, lambda: False)
 
 
+def test_a_broken_file_of_the_test_split_is_no_divergence(tmp_path, monkeypatch):
+    def broken(*_):
+        raise DataFault("x.jpg: it cannot be decoded")
+
+    monkeypatch.setattr(running, "evaluate", broken)
+    with pytest.raises(DataFault, match=r"^x\.jpg: it cannot be decoded$"):
+        running.run_job(job(), data.load("toy"), tmp_path, lambda _: None, lambda: False)
+
+
 def test_a_run_that_has_diverged_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"joint, sum, seed 100, learning rate 1e\+09 cannot be measured, most likely"):
         run([job("joint-sum", rate=1e9)], tmp_path)
@@ -184,6 +196,25 @@ def test_comments_docstrings_and_layout_are_no_other_code():
 def test_the_source_of_a_users_method_counts():
     assert "class Gentle" in running._user_code(Row("gentle", NAMES))[0]
     assert running._user_code(Row("igm", NAMES)) == []
+
+
+def test_what_stands_beside_a_users_method_counts_too(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = {
+        "mine_base": "class Base(Turns):\n    pass\n",
+        "mine": "GENTLE = 0.1\n\n\nclass Mine(Base):\n    key = 'mine'\n",
+    }
+    heads = {
+        "mine_base": "from igm_rs.experiments.methods.turns import Turns\n",
+        "mine": "from mine_base import Base\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(heads[name] + text)
+    kind = importlib.import_module("mine").Mine
+    code = running._user_code(SimpleNamespace(of=kind()))
+    assert [text in each for text, each in zip(("GENTLE = 0.1", "class Base"), code, strict=True)] == [True, True]
+    for name in texts:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_a_run_measured_on_another_test_split_does_not_count(tmp_path):

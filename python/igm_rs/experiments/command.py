@@ -29,6 +29,9 @@ __all__ = ["main"]
 
 OUT = Path("results")
 
+UNKEPT = ("1", "4", "5a", "5c")
+"""Figures whose trainings are looked into as they run, and not kept; those that choose a learning rate are."""
+
 SHOWN = 200
 """Letters of torch's own reason against a device that are told, at most."""
 
@@ -47,16 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted{_kept(options.command, interrupt)}", file=sys.stderr)
+        print(f"interrupted{_kept(options, interrupt)}", file=sys.stderr)
         return 130
 
 
-def _kept(command: str, interrupt: KeyboardInterrupt) -> str:
+def _kept(options: argparse.Namespace, interrupt: KeyboardInterrupt) -> str:
     """Return what an interrupted command has kept, where it makes runs."""
-    if command not in ("train", "table", "figure"):
+    if options.command not in ("train", "table", "figure"):
         return ""
     if type(interrupt).__name__ == "InterruptedRuns":
         return ": runs under way were saved; the same command with --resume goes on"
+    if options.command == "figure" and options.name in UNKEPT:
+        return ": of this figure the runs that choose a learning rate are kept, no others"
     return ": finished runs are kept"
 
 
@@ -156,6 +161,8 @@ def _figure(options: argparse.Namespace) -> int:
     given = [name for name in ("rates", "tuning_seeds", "seeds") if getattr(options, name) is not None]
     if options.name == "5c" and given:
         raise ValueError(f"{_option(given[0])} has no part in figure 5c, expected none: it times one training each")
+    if options.resume and (options.name == "5c" or (options.name in UNKEPT and config.learning_rate is not None)):
+        raise ValueError(f"--resume has no part in figure {options.name}, expected none: its trainings are not kept")
     paths = figures.figure(
         options.name,
         config,

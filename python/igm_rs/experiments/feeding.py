@@ -174,7 +174,7 @@ NUMBERS_AT_ONCE = 2**26
 """Numbers of one modality that are decoded at a time, unless one example has more."""
 
 
-def at_once(inputs: Iterable[Tensor | Column], most: int) -> int | None:
-    """Return how many examples of columns, up to `most`, are decoded at a time; None where all are tensors."""
+def at_once(inputs: Iterable[Tensor | Column], most: int, numbers: int = NUMBERS_AT_ONCE) -> int | None:
+    """Return how many examples of columns, up to `most`, have no more `numbers`; None where all are tensors."""
     sizes = [math.prod(values.shape[1:]) for values in inputs if isinstance(values, Column)]
-    return min(most, max(1, NUMBERS_AT_ONCE // max(sizes))) if sizes else None
+    return min(most, max(1, numbers // max(sizes))) if sizes else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, TypeVar
@@ -23,9 +24,10 @@ from igm_rs import analysis
 from igm_rs.analysis.drawing import save_figure
 
 from . import finetuning
+from .columns import Column
 from .configuration import Config
 from .data import DataSet
-from .feeding import Means, at_once, batch_stream
+from .feeding import Means, at_once, batch_stream, feed
 from .methods import Row
 from .page import FIGURES
 from .running import Job, Source, provenance, run_all, tune, watched, without_warning_of_rho
@@ -46,6 +48,12 @@ POINTS = 21
 
 EXAMPLES = 512
 """Training examples, evenly taken, that a loss surface is made of."""
+
+NUMBERS = 2**29
+"""Numbers of one modality that are kept for a loss surface at most: of clips that lie in files fewer examples."""
+
+HELD = 2
+"""Batches of a set that lies in files that figure 5c takes again and again, decoded before it measures."""
 
 TIMED = ("joint-sum", "joint-concat", "sam", "turns", "turns-sam", "mla", "igm-no-sam", "igm")
 """Methods of Figure 5 (c); the first is what the others are compared to."""
@@ -405,9 +413,15 @@ def _surface(task: Task) -> analysis.LossSurface:
     chosen = _shown_examples(training.data)
     model, labels = training.model, training.labels(chosen)
     inputs = {name: training.examples(name, chosen) for name in training.row.modalities}
+    size = at_once(training.data.train.inputs.values(), len(chosen)) or len(chosen)
+    parts = [slice(begin, begin + size) for begin in range(0, len(chosen), size)]
+
+    def of(name: str, part: slice) -> Tensor:
+        share = len(labels[part]) / len(labels)
+        return share * cross_entropy(model.branch(name, inputs[name][part]), labels[part])
 
     def loss() -> Tensor:
-        return torch.stack([cross_entropy(model.branch(name, inputs[name]), labels) for name in inputs]).mean()
+        return torch.stack([torch.stack([of(name, part) for part in parts]).sum() for name in inputs]).mean()
 
     return analysis.loss_surface(model, loss, points=POINTS, progress=False)
 
@@ -415,7 +429,7 @@ def _surface(task: Task) -> analysis.LossSurface:
 def _shown_examples(data: DataSet) -> Tensor:
     """Return which of the training examples a surface is made of."""
     count = len(data.train)
-    most = at_once(data.train.inputs.values(), EXAMPLES) or EXAMPLES
+    most = at_once(data.train.inputs.values(), EXAMPLES, NUMBERS) or EXAMPLES
     return torch.arange(count)[:: -(-count // most)]
 
 
@@ -472,20 +486,48 @@ def _figure_5a(order: Order) -> Made:
     equal = len(without) - len(learned)
     layers = "layer that sees the data itself is" if equal == 1 else f"{equal} layers that see the data themselves are"
     left_out = f" The {layers} equal and not counted." if equal else ""
+    told = (
+        f"With SAM the mean over the runs is the smaller one in {lower} of {len(learned)} layers, in {in_all} of them "
+        f"in every run.{left_out}"
+        if learned
+        else "With and without SAM they are the same to the last digit: nothing of ρ has arrived at the weights."
+    )
     caption = (
         "Mean singular value of Ȳ by layer, Ȳ of one pass over the training split at the weights of the last round; "
-        f"small dots are the seeds of {_runs(order)}. With SAM the mean over the runs is the smaller one in {lower} of "
-        f"{len(learned)} layers, in {in_all} of them in every run.{left_out} {_rates(rates)}"
+        f"small dots are the seeds of {_runs(order)}. {told} {_rates(rates)}"
     )
     size = result.size[0], result.size[1] + 0.3
     return Made(size, lambda canvas: _on_one(canvas, result), {"learning_rates": rates, **result.numbers()}, caption)
 
 
-def _rounds(training: Training) -> Callable[[], None]:
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Of a modality: the examples chosen, and their inputs on the device."""
+
+
+def _held(training: Training) -> dict[str, Batches]:
+    """Return the first batches of each modality that lies in files, decoded as in training, by as many processes."""
+    size, means = training.config.batch_size, training.means
+    held: dict[str, Batches] = {}
+    for name, values in training.data.train.inputs.items():
+        if isinstance(values, Column):
+            stream = batch_stream(len(values), size, training.seed)
+            batches = islice(feed(values, size, training.seed, 0, means), HELD)
+            held[name] = [(chosen, batch.to(means.device)) for batch, chosen in zip(batches, stream, strict=False)]
+    return held
+
+
+def _drawn(training: Training, name: str, held: Mapping[str, Batches]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of a modality, those that are held again and again."""
+    if name in held:
+        yield from cycle(held[name])
+    for chosen in batch_stream(len(training.data.train), training.config.batch_size, training.seed):
+        yield chosen, training.examples(name, chosen)
+
+
+def _rounds(training: Training, held: Mapping[str, Batches]) -> Callable[[], None]:
     """Return what trains one round more: a turn of every modality, with the T's that are made in it."""
-    config, split = training.config, training.data.train
     turns = [turn for turn in training.turns if turn.stretches[0].round == 1]
-    streams = {name: batch_stream(len(split), config.batch_size, training.seed) for name in training.row.modalities}
+    streams = {name: _drawn(training, name, held) for name in training.row.modalities}
     optimizer = training.optimizer
 
     def one() -> None:
@@ -495,10 +537,9 @@ def _rounds(training: Training) -> Callable[[], None]:
                 entered = optimizer.turn(turn.modality)
             with entered:
                 for active in turn.stretches[0].steps:
-                    for name in active:
-                        chosen = next(streams[name])
-                    inputs = {name: split.inputs[name][chosen].to(training.model.device) for name in active}
-                    training.step_on(active, chosen, inputs)
+                    drawn = {name: next(streams[name]) for name in active}
+                    chosen = drawn[active[0]][0]  # the same for all
+                    training.step_on(active, chosen, {name: batch for name, (_, batch) in drawn.items()})
 
     return one
 
@@ -513,8 +554,9 @@ def _figure_5c(order: Order) -> Made:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        held = _held(next(iter(trainings.values())))
         result = analysis.training_time(
-            {label: _rounds(training) for label, training in trainings.items()},
+            {label: _rounds(training, held) for label, training in trainings.items()},
             seconds=TIMING,
             calls=config.steps / config.turn_lengths[0],
         )
@@ -528,8 +570,9 @@ def _figure_5c(order: Order) -> Made:
 
     first, *others = result.seconds
     place = "on one thread" if means.device == "cpu" else f"on {means.device}"
+    uncounted = "validation and decoding" if held else "validation"
     caption = (
-        f"Time of one training, {config.steps} steps of each modality, {place}, validation not counted; the "
+        f"Time of one training, {config.steps} steps of each modality, {place}, {uncounted} not counted; the "
         f"methods are measured in turn, round by round. Beside {first}: "
         + ", ".join(f"{label} ×{result.ratio(label):.2f}" for label in others)
         + "."

@@ -36,6 +36,7 @@ from .data import DataSet, known_set, load
 from .evaluation import JOINT, evaluate, of_fusion
 from .feeding import Means, alike, lost_process_told
 from .methods import Row
+from .on_disk.faults import DataFault
 from .registering import register_files
 from .store import (
     RunRecord,
@@ -167,11 +168,18 @@ class Job:
 
 
 def _user_code(row: Row) -> list[str]:
-    """Return the source of a method that is a user's own."""
+    """Return the source of a method that is a user's own: of the files that it and its base classes stand in."""
     import inspect
 
-    kind = type(row.of)
-    return [] if kind.__module__.startswith("igm_rs.") else [inspect.getsource(kind)]
+    found = []
+    for kind in type(row.of).__mro__:
+        if kind.__module__.partition(".")[0] in ("igm_rs", "torch", *sys.stdlib_module_names):
+            continue
+        try:
+            found.append(inspect.getsource(sys.modules[kind.__module__]))
+        except (KeyError, OSError, TypeError):  # a notebook's: of it the class alone
+            found.append(inspect.getsource(kind))
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -348,6 +356,8 @@ def _record(
         try:
             with lost_process_told(), alike():
                 found = evaluate(trained.model, data, trained.weights, training.means)
+        except DataFault:  # a file of the test split: not the training's fault
+            raise
         except ValueError as error:
             raise ValueError(
                 f"{job.row.label}, seed {job.seed}, learning rate {job.learning_rate:g} cannot be measured, most "
