@@ -19,7 +19,7 @@ from igm_rs.experiments import figures, running
 from igm_rs.experiments.columns import Column
 from igm_rs.experiments.configuration import load_config
 from igm_rs.experiments.data import DataSet
-from igm_rs.experiments.feeding import Means, feed
+from igm_rs.experiments.feeding import Means, batch_stream, feed
 from igm_rs.experiments.page import FIGURES, PICTURE
 from igm_rs.experiments.running import ProcessLostError, Source
 from igm_rs.experiments.training import Training
@@ -223,13 +223,18 @@ def test_figure_5c_takes_what_lies_in_files_as_training_does_and_decodes_it_befo
     )  # fmt: skip
     Clips.decoded = 0
     held = figures._held(training)
-    assert held.keys() == {"a"}
+    assert held.keys() == {"a", "b"}
     assert Clips.decoded == 2 * 8
     of_a, of_b = (list(islice(figures._drawn(training, name, held), 4)) for name in "ab")
     assert Clips.decoded == 2 * 8
     wanted = list(islice(feed(inputs["a"], 8, 3, 0, Means()), 2)) * 2
     assert all(torch.equal(batch, expected) for (_, batch), expected in zip(of_a, wanted, strict=True))
-    assert all(torch.equal(one, other) for (one, _), (other, _) in zip(of_a[:2], of_b[:2], strict=True))
+    assert all(torch.equal(one, other) for (one, _), (other, _) in zip(of_a, of_b, strict=True))
+    assert all(torch.equal(batch, inputs["b"][chosen]) for chosen, batch in of_b)
+    training.data.train = Forty({"b": inputs["b"]})
+    assert figures._held(training) == {}
+    of_b = list(islice(figures._drawn(training, "b", {}), 4))
+    assert all(map(torch.equal, (chosen for chosen, _ in of_b), batch_stream(40, 8, 3)))
 
 
 def test_a_surface_has_as_many_examples_as_are_kept_and_sees_them_in_portions(monkeypatch):

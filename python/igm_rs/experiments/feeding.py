@@ -175,6 +175,6 @@ NUMBERS_AT_ONCE = 2**26
 
 
 def at_once(inputs: Iterable[Tensor | Column], most: int, numbers: int = NUMBERS_AT_ONCE) -> int | None:
-    """Return how many examples of columns, up to `most`, have no more `numbers`; None where all are tensors."""
+    """Return how many examples, up to `most`, no column has more than `numbers` of; None where all are tensors."""
     sizes = [math.prod(values.shape[1:]) for values in inputs if isinstance(values, Column)]
     return min(most, max(1, numbers // max(sizes))) if sizes else None

@@ -505,21 +505,24 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def _held(training: Training) -> dict[str, Batches]:
-    """Return the first batches of each modality that lies in files, decoded as in training, by as many processes."""
-    size, means = training.config.batch_size, training.means
+    """Return each modality's first batches where one lies in files, decoded as in training, by as many processes."""
+    size, means, inputs = training.config.batch_size, training.means, training.data.train.inputs
     held: dict[str, Batches] = {}
-    for name, values in training.data.train.inputs.items():
+    if not any(isinstance(values, Column) for values in inputs.values()):
+        return held
+    taken = list(islice(batch_stream(len(training.data.train), size, training.seed), HELD))
+    for name, values in inputs.items():
         if isinstance(values, Column):
-            stream = batch_stream(len(values), size, training.seed)
             batches = islice(feed(values, size, training.seed, 0, means), HELD)
-            held[name] = [(chosen, batch.to(means.device)) for batch, chosen in zip(batches, stream, strict=False)]
+            held[name] = [(chosen, batch.to(means.device)) for batch, chosen in zip(batches, taken, strict=True)]
+        else:
+            held[name] = [(chosen, training.examples(name, chosen)) for chosen in taken]
     return held
 
 
 def _drawn(training: Training, name: str, held: Mapping[str, Batches]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of a modality, those that are held again and again."""
-    if name in held:
-        yield from cycle(held[name])
+    yield from cycle(held.get(name, ()))
     for chosen in batch_stream(len(training.data.train), training.config.batch_size, training.seed):
         yield chosen, training.examples(name, chosen)
 
