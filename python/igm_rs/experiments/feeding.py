@@ -174,7 +174,11 @@ NUMBERS_AT_ONCE = 2**26
 """Numbers of one modality that are decoded at a time, unless one example has more."""
 
 
-def at_once(inputs: Iterable[Tensor | Column], most: int, numbers: int = NUMBERS_AT_ONCE) -> int | None:
-    """Return how many examples, up to `most`, no column has more than `numbers` of; None where all are tensors."""
+def at_once(inputs: Iterable[Tensor | Column], most: int, numbers: int | None = None) -> int | None:
+    """Return how many examples, up to `most`, are `numbers` at most of each column; None where all are tensors.
+
+    Without `numbers` they are so many as are decoded at a time.
+    """
+    numbers = NUMBERS_AT_ONCE if numbers is None else numbers
     sizes = [math.prod(values.shape[1:]) for values in inputs if isinstance(values, Column)]
     return min(most, max(1, numbers // max(sizes))) if sizes else None
