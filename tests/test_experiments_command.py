@@ -480,29 +480,28 @@ def test_the_list_names_what_there_is(capsys):
 # What it needs
 
 
+def said_without(package, words, folder):
+    """Run the command where a package is missing; return what it says as it fails."""
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from igm_rs.experiments.command import main; sys.exit(main({words!r}))"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=folder)
+    assert told.returncode == 1
+    return told.stderr
+
+
 @pytest.mark.parametrize("package", ["matplotlib", "torchmetrics", "tqdm", "tensorboard"])
 def test_a_missing_package_is_named_with_what_to_install(package, tmp_path):
     words = ["figure", "1"] if package == "matplotlib" else ["train", "--method", "igm"]
-    program = (
-        f"import sys; sys.modules[{package!r}] = None\n"
-        f"from igm_rs.experiments.command import main; sys.exit(main({[*words, '--data', 'watch']!r}))"
-    )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert told.returncode == 1
-    assert told.stderr == f"error: the experiments need {package}: pip install 'igm-rs[experiments]'\n"
+    said = said_without(package, [*words, "--data", "watch"], tmp_path)
+    assert said == f"error: the experiments need {package}: pip install 'igm-rs[experiments]'\n"
 
 
 @pytest.mark.parametrize("package", ["soundfile", "torchvision", "PIL", "torchaudio"])
 def test_a_package_that_decodes_is_named_with_its_extra(package, tmp_path):
-    program = (
-        f"import sys; sys.modules[{package!r}] = None\n"
-        "from igm_rs.experiments.command import main\n"
-        f"sys.exit(main(['data', 'check', 'crema-d', {str(tmp_path)!r}]))"
-    )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert told.returncode == 1
-    expected = f"error: the paper's data sets and networks need {package}: pip install 'igm-rs[paper]'\n"
-    assert told.stderr == expected
+    said = said_without(package, ["data", "check", "crema-d", str(tmp_path)], tmp_path)
+    assert said == f"error: the paper's data sets and networks need {package}: pip install 'igm-rs[paper]'\n"
 
 
 @pytest.mark.parametrize("loaders", ["0", "1"])
@@ -510,13 +509,8 @@ def test_a_package_that_decodes_is_named_with_its_extra(package, tmp_path):
 def test_a_package_that_decodes_videos_is_named_wherever_they_are_decoded(package, loaders, tmp_path):
     trees_b.nvgesture(tmp_path, classes=25, later=1)
     words = ["data", "check", "nvgesture", str(tmp_path), "--network", "small", "--loaders", loaders]
-    program = (
-        f"import sys; sys.modules[{package!r}] = None\n"
-        f"from igm_rs.experiments.command import main; sys.exit(main({words!r}))"
-    )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert told.returncode == 1
-    assert told.stderr == f"error: the paper's data sets and networks need {package}: pip install 'igm-rs[paper]'\n"
+    said = said_without(package, words, tmp_path)
+    assert said == f"error: the paper's data sets and networks need {package}: pip install 'igm-rs[paper]'\n"
 
 
 def test_any_other_missing_package_is_no_matter_of_the_extra():
