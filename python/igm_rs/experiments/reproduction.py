@@ -9,7 +9,7 @@ from typing import Any
 
 from .configuration import LATER, Config
 from .statistics import Summary
-from .tables import figures
+from .tables import devices, figures
 
 __all__ = ["EXACT", "Comparison", "compare", "same_arithmetic"]
 
@@ -72,8 +72,7 @@ def same_arithmetic(one: Results, other: Results) -> bool:
 
     What a GPU has computed counts as made otherwise: it is not told which, and not all of its sums have one order.
     """
-    devices = {run.get("device", "cpu") for each in (one, other) for row in each["rows"] for run in row["runs"]}
-    if devices != {"cpu"}:
+    if devices([*one["rows"], *other["rows"]]) != {"cpu"}:
         return False
     names = ("torch", "processor", "instructions")
     versions = one["versions"], other["versions"]

@@ -17,7 +17,18 @@ from .grids import Cell, Grid
 from .plans import EFFECTS, RATES, TABLES, Effect, Line
 from .statistics import Difference, Summary, paired_difference, summary
 
-__all__ = ["MINUS", "PAPER_WARNING", "Table", "condensed", "difference", "figure", "figures", "table", "values"]
+__all__ = [
+    "MINUS",
+    "PAPER_WARNING",
+    "Table",
+    "condensed",
+    "devices",
+    "difference",
+    "figure",
+    "figures",
+    "table",
+    "values",
+]
 
 Record = Mapping[str, Any]
 """A run, as it is stored."""
@@ -380,13 +391,13 @@ def _forgetting(results: Results) -> Grid | None:
 
 def _cost(results: Results, words: list[str]) -> Grid:
     """Return the part with what each row was run with, what it cost, and what the optimizer told of itself."""
-    devices = [_devices(row) for row in results["rows"]]
-    shown = any(each != "cpu" for each in devices)
+    computed_on = devices(results["rows"])
+    shown = computed_on != {"cpu"}
     body = []
-    for row, device in zip(results["rows"], devices, strict=True):
+    for row in results["rows"]:
         runs = row["runs"]
         cells = [
-            *[device] * shown,
+            *[", ".join(sorted(devices([row])))] * shown,
             f"{row['learning_rate']:g}",
             f"{fmean(run['rounds']['chosen'] for run in runs):.1f} of {runs[0]['rounds']['last']}",
             _written(row, "seconds_per_step", "{:.2f}", 1000),
@@ -405,7 +416,7 @@ def _cost(results: Results, words: list[str]) -> Grid:
     note = (
         f"lr, round: the learning rate ({RATES[results['table']]}), and the round chosen (mean over seeds). ms/step, "
         f"MiB: median over the seeds of time, and of the peak of memory{GPU_MEMORY if shown else ''} above what the "
-        f"process held before the run{APART if len(set(', '.join(devices).split(', '))) > 1 else ''}. "
+        f"process held before the run{APART if len(computed_on) > 1 else ''}. "
         "cosine, norm kept: of a projected layer's gradient before and after its T; 1 and 100 % mean that nothing "
         "happens. modified: share of the parameters whose gradient a T acts on. ρ realised: ‖perturbation that arrived "
         "in the weights‖/ρ."
@@ -417,9 +428,9 @@ GPU_MEMORY = " (with a GPU, of its own memory)"
 APART = "; of rows on different devices neither compares"
 
 
-def _devices(row: Results) -> str:
-    """Return on what a row's runs were computed; tables stored before this was kept were made on the CPU."""
-    return ", ".join(sorted({run.get("device", "cpu") for run in row["runs"]}))
+def devices(rows: Sequence[Results]) -> set[str]:
+    """Return on what the runs of rows were computed; tables stored before this was kept were made on the CPU."""
+    return {run.get("device", "cpu") for row in rows for run in row["runs"]}
 
 
 def _written(row: Results, name: str, pattern: str, factor: float = 1) -> str:
