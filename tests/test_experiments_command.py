@@ -362,9 +362,12 @@ def test_interrupts_are_said(monkeypatch, tmp_path, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.import_module("igm_rs.experiments.figures"), "figure", stopped)
-    assert call("figure", "4", *WORDS, "--out", tmp_path) == 130
-    told = "interrupted: of this figure the runs that choose a learning rate are kept, no others\n"
-    assert capsys.readouterr().err == told
+    for name, words in (
+        ("4", "interrupted: of this figure only runs that choose a learning rate are kept, where it has any\n"),
+        ("5c", "interrupted: of this figure nothing is kept\n"),
+    ):
+        assert call("figure", name, *WORDS[:-2], "--out", tmp_path) == 130  # --seeds has no part in 5c
+        assert capsys.readouterr().err == words
 
     monkeypatch.setattr(importlib.import_module("igm_rs.experiments.on_disk.check"), "check", stopped)
     assert call("data", "check", "crema-d", tmp_path) == 130

@@ -554,4 +554,13 @@ def test_a_file_that_cannot_be_run_is_refused(tmp_path, name, text, error, reaso
         file.write_text(text)
     with pytest.raises(error, match=rf"^file {re.escape(str(file))} {reason}"):
         data.run_file(file)
-    assert "igm_rs_registered_mine" not in sys.modules
+    assert not [module for module in sys.modules if module.startswith("igm_rs_registered_mine")]
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "of_one_name.py").write_text(f"WHERE = {folder!r}\n")
+        data.run_file(tmp_path / folder / "of_one_name.py")
+    names = [name for name in sys.modules if name.startswith("igm_rs_registered_of_one_name_")]
+    assert [sys.modules.pop(name).WHERE for name in names] == ["a", "b"]

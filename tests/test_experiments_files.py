@@ -18,6 +18,7 @@ from igm_rs.experiments.configuration import DEVIATIONS, Config
 from igm_rs.experiments.feeding import Means, feed
 from igm_rs.experiments.methods import METHODS, Row
 from igm_rs.experiments.networks import AT_ONCE, Branches, Frozen, frozen
+from igm_rs.experiments.on_disk.faults import DataFault
 from igm_rs.experiments.training import Stopped, Training
 from igm_rs.released import Released, mixup, mixup_loss
 
@@ -168,9 +169,22 @@ def test_a_lost_process_is_told_with_what_may_be_done():
         next(feeding.feed(Deadly(), 2, 0, 0, Means(loaders=1)))
     assert re.fullmatch(
         r"a process that decodes files is gone \(DataLoader worker .*\), most likely for want of memory or of room in "
-        r"/dev/shm: try fewer --loaders; with --resume a training goes on from its last saving",
+        r"/dev/shm: try fewer --loaders; --resume goes on from what was saved, where trainings are kept",
         str(told.value),
     )
+
+
+class Undecodable(Deadly):
+    """Says so as any column of a user's may."""
+
+    def example(self, place, seed):
+        raise ValueError("x.jpg: it cannot be decoded")
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_what_cannot_be_decoded_is_a_fault_of_the_data(loaders):
+    with pytest.raises(DataFault, match=r"^x\.jpg: it cannot be decoded$"):
+        next(feeding.in_order(Undecodable(), 2, Means(loaders=loaders)))
 
 
 class Failing(Deadly):

@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -133,7 +133,7 @@ def test_a_process_lost_while_a_run_is_measured_is_told(tmp_path, monkeypatch):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
 
     monkeypatch.setattr(running, "evaluate", lost)
-    with pytest.raises(ChildProcessError, match=r"with --resume a training goes on from its last saving$"):
+    with pytest.raises(ChildProcessError, match=r"--resume goes on from what was saved, where trainings are kept$"):
         running.run_job(job(), data.load("toy"), tmp_path, lambda _: None, lambda: False)
 
 
@@ -214,7 +214,25 @@ def test_what_stands_beside_a_users_method_counts_too(tmp_path, monkeypatch):
     code = running._user_code(SimpleNamespace(of=kind()))
     assert [text in each for text, each in zip(("GENTLE = 0.1", "class Base"), code, strict=True)] == [True, True]
     for name in texts:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
+
+
+def test_a_method_without_a_file_is_refused_and_a_base_class_without_one_counts_by_its_name(monkeypatch):
+    home = ModuleType("of_no_file")  # as a notebook's, or that of an extension
+    monkeypatch.setitem(sys.modules, "of_no_file", home)
+    text = "class Base:\n    pass\n\nclass Mine(Base):\n    key = 'mine'\n"
+    exec(text, vars(home))
+    with pytest.raises(
+        ValueError, match=r"^method 'mine' stands in no file, expected one: save it as one, name it with --register$"
+    ):
+        running._user_code(SimpleNamespace(of=home.Mine()))
+
+    class Here(home.Base):
+        key = "here"
+
+    code = running._user_code(SimpleNamespace(of=Here()))
+    assert "class Here" in code[0]
+    assert code[1:] == ["of_no_file.Base"]
 
 
 def test_a_run_measured_on_another_test_split_does_not_count(tmp_path):

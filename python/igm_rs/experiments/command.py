@@ -61,7 +61,9 @@ def _kept(options: argparse.Namespace, interrupt: KeyboardInterrupt) -> str:
     if type(interrupt).__name__ == "InterruptedRuns":
         return ": runs under way were saved; the same command with --resume goes on"
     if options.command == "figure" and options.name in UNKEPT:
-        return ": of this figure the runs that choose a learning rate are kept, no others"
+        if options.name == "5c":
+            return ": of this figure nothing is kept"
+        return ": of this figure only runs that choose a learning rate are kept, where it has any"
     return ": finished runs are kept"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .columns import Column
+from .on_disk.faults import DataFault
 
 __all__ = ["Means", "alike", "at_once", "batch_stream", "feed", "in_order", "lost_process_told"]
 
@@ -67,22 +68,25 @@ def batch_stream(examples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 
 
 class _Examples(Dataset[Any]):
-    """A column as a loader indexes it; an error is handed over, so that its message comes out as it was said."""
+    """A column as a loader indexes it; an error is handed over, so that its message comes out as it was said.
+
+    What a column cannot decode is a fault of the data, by whatever ValueError it says so.
+    """
 
     def __init__(self, column: Column) -> None:
         self._column = column
 
-    def __getitem__(self, place: Place) -> Tensor | ValueError:
+    def __getitem__(self, place: Place) -> Tensor | DataFault:
         try:
             return self._column.example(*place)
         except ValueError as error:
-            return error
+            return DataFault(str(error))
 
 
-def _side_by_side(examples: list[Tensor | ValueError]) -> Tensor | ValueError:
+def _side_by_side(examples: list[Tensor | DataFault]) -> Tensor | DataFault:
     """Return a batch, or the first error."""
     for each in examples:
-        if isinstance(each, ValueError):
+        if isinstance(each, DataFault):
             return each
     return torch.stack(examples)  # type: ignore[arg-type]  # all are tensors
 
@@ -144,7 +148,7 @@ def _loaded(column: Column, batches: Iterable[list[Place]], seed: int, means: Me
     )
     with lost_process_told():
         for batch in loader:
-            if isinstance(batch, ValueError):
+            if isinstance(batch, DataFault):
                 raise batch
             yield batch
 
@@ -165,8 +169,8 @@ def lost_process_told() -> Iterator[None]:
             raise
         raise ChildProcessError(
             f"a process that decodes files is gone ({str(error).splitlines()[0].rstrip('. ')}), most likely for want "
-            "of memory or of room in /dev/shm: try fewer --loaders; with --resume a training goes on from its last "
-            "saving"
+            "of memory or of room in /dev/shm: try fewer --loaders; --resume goes on from what was saved, where "
+            "trainings are kept"
         ) from error
 
 

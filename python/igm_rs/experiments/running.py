@@ -168,7 +168,15 @@ class Job:
 
 
 def _user_code(row: Row) -> list[str]:
-    """Return the source of a method that is a user's own: of the files that it and its base classes stand in."""
+    """Return the source of a method that is a user's own: of the files that it and its base classes stand in.
+
+    A base class without one, such as an extension's, counts by its name.
+
+    Raises
+    ------
+    ValueError
+        If the method itself stands in no file, as in a notebook: its runs could not be told from another's.
+    """
     import inspect
 
     found = []
@@ -177,8 +185,12 @@ def _user_code(row: Row) -> list[str]:
             continue
         try:
             found.append(inspect.getsource(sys.modules[kind.__module__]))
-        except (KeyError, OSError, TypeError):  # a notebook's: of it the class alone
-            found.append(inspect.getsource(kind))
+        except (KeyError, OSError, TypeError) as error:
+            if kind is type(row.of):
+                raise ValueError(
+                    f"method {row.of.key!r} stands in no file, expected one: save it as one, name it with --register"
+                ) from error
+            found.append(f"{kind.__module__}.{kind.__qualname__}")
     return list(dict.fromkeys(found))
 
 
