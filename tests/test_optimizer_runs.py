@@ -157,6 +157,9 @@ OF_LAYERS = [
     {"control": "scalar", "features": "samples"},
 ]
 
+GROUPED = ("conv1d", "conv2d", "conv3d")
+"""Kinds of layer of which there are grouped convolutions in the model."""
+
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("options", OF_LAYERS, ids=str)
@@ -164,8 +167,12 @@ OF_LAYERS = [
 def test_layers_of_every_kind_equal_reference(kind, options):
     if kind == "Conv1D":
         pytest.importorskip("transformers")
-    if options.get("projector") == "orthogonal" and kind in ("conv1d", "conv2d", "conv3d"):
-        pytest.skip("the recursion of grouped convolutions is refused")
+    if options.get("projector") == "orthogonal" and kind in GROUPED:
+        with pytest.raises(
+            ValueError, match=r"^projector is 'orthogonal' and layer .* groups\) is grouped, expected another projector$"
+        ):
+            Pair(OfLayers(kind, THREE), BASES["sgd+momentum+wd"], THREE, **{"tau": 1.5, **options})
+        return
     agree(Pair(OfLayers(kind, THREE), BASES["sgd+momentum+wd"], THREE, **{"tau": 1.5, **options}))
 
 
