@@ -169,7 +169,7 @@ def test_layers_of_every_kind_equal_reference(kind, options):
         pytest.importorskip("transformers")
     if options.get("projector") == "orthogonal" and kind in GROUPED:
         with pytest.raises(
-            ValueError, match=r"^projector is 'orthogonal' and layer .* groups\) is grouped, expected another projector$"
+            ValueError, match=r"^projector is 'orthogonal' and layer .*\) is grouped, expected another projector$"
         ):
             Pair(OfLayers(kind, THREE), BASES["sgd+momentum+wd"], THREE, **{"tau": 1.5, **options})
         return
