@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -555,6 +556,16 @@ def test_a_file_that_cannot_be_run_is_refused(tmp_path, name, text, error, reaso
     with pytest.raises(error, match=rf"^file {re.escape(str(file))} {reason}"):
         data.run_file(file)
     assert not [module for module in sys.modules if module.startswith("igm_rs_registered_mine")]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there every path is UTF-8")
+def test_a_file_in_a_folder_that_is_no_utf_8_is_run(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / "of_latin_1.py").write_text("WHERE = 'there'\n")
+    data.run_file(folder / "of_latin_1.py")
+    (name,) = [name for name in sys.modules if name.startswith("igm_rs_registered_of_latin_1_")]
+    assert sys.modules.pop(name).WHERE == "there"
 
 
 def test_two_files_of_one_name_are_two_modules(tmp_path):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,6 +183,20 @@ def test_figure_5a_says_where_rho_does_not_arrive(tmp_path):
     assert (
         "With and without SAM they are the same to the last digit: nothing of ρ has arrived at the weights." in caption
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = make("5a", tmp_path, seeds=1, config=replace(config, rho={"a": 1e-15, "b": 0.05}))
+    means = made["numbers"]["mean_singular_value"]
+    equal = sum(
+        runs == means["IGM"][name][layer]
+        for name, layers in means["IGM without SAM"].items()
+        for layer, runs in layers.items()
+    )
+    assert equal > 2
+    assert (
+        f"The {equal} layers that are equal to the last digit are not counted: they see the data themselves, or "
+        "nothing of ρ has arrived in front of them."
+    ) in made["caption"]
 
 
 class Clips(Column):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import zipfile
@@ -540,7 +541,7 @@ def run_file(file: Path) -> None:
         raise FileNotFoundError(f"file {file} does not exist, expected a Python file that registers something")
     path = file.resolve()
     # of the whole path: two files of one name, in two folders, are two modules
-    module = f"igm_rs_registered_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    module = f"igm_rs_registered_{path.stem}_{zlib.crc32(os.fsencode(path)):08x}"
     spec = importlib.util.spec_from_file_location(module, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"file {file} cannot be run: its name does not end in .py")

@@ -484,8 +484,14 @@ def _figure_5a(order: Order) -> Made:
     lower = sum(fmean(with_sam[place]) < fmean(without[place]) for place in learned)
     in_all = sum(max(one - two for one, two in zip(with_sam[p], without[p], strict=True)) < 0 for p in learned)
     equal = len(without) - len(learned)
+    firsts = len({name for name, _ in without})  # each modality's first layer sees the data, whatever is learned
     layers = "layer that sees the data itself is" if equal == 1 else f"{equal} layers that see the data themselves are"
     left_out = f" The {layers} equal and not counted." if equal else ""
+    if equal > firsts:
+        left_out = (
+            f" The {equal} layers that are equal to the last digit are not counted: they see the data themselves, or "
+            "nothing of ρ has arrived in front of them."
+        )
     told = (
         f"With SAM the mean over the runs is the smaller one in {lower} of {len(learned)} layers, in {in_all} of them "
         f"in every run.{left_out}"
